@@ -18,14 +18,25 @@ from ltxrt.errors import ExportError
 __all__ = ["DTYPE_BYTES", "TensorFile", "TensorRef"]
 
 #: Bytes an element, by safetensors dtype name.
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+}
 
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One stored tensor: the file, its key there, and the bytes ``[offset, offset + nbytes)`` that hold it."""
+    """One stored tensor: its file, its key there, and the bytes ``[offset, offset + nbytes)`` of it."""
 
     path: Path
     key: str
@@ -56,7 +67,9 @@ class TensorFile:
                 prefix = file.read(8)
                 length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
                 if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                    raise ExportError(f"{path}: not a safetensors file (header length {length}, file {size} bytes)")
+                    raise ExportError(
+                        f"{path}: not a safetensors file (header length {length}, file {size} bytes)"
+                    )
                 header: dict[str, Any] = json.loads(file.read(length))
         except OSError as error:
             raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
@@ -76,5 +89,7 @@ def _tensor_ref(path: Path, key: str, entry: Mapping[str, Any], base: int) -> Te
         raise ExportError(f"{path}: {key} has dtype {dtype}; known: {', '.join(DTYPE_BYTES)}")
     nbytes = prod(shape) * DTYPE_BYTES[dtype]
     if stop - start != nbytes:
-        raise ExportError(f"{path}: {key} takes {stop - start} bytes where {dtype}{list(shape)} needs {nbytes}")
+        raise ExportError(
+            f"{path}: {key} takes {stop - start} bytes where {dtype}{list(shape)} needs {nbytes}"
+        )
     return TensorRef(path, key, dtype, shape, base + start, nbytes)

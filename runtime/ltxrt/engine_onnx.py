@@ -12,7 +12,7 @@ from .errors import EngineError
 
 __all__ = ["OnnxCapture", "OnnxEngine"]
 
-# Only what can be fixed by the user's hands is worth a sentence of its own; the rest keeps ONNX Runtime's words.
+# ONNX Runtime raises these two and its own subclasses of them.
 _ORT_ERRORS = (RuntimeError, ValueError)
 
 
@@ -43,7 +43,9 @@ class OnnxEngine:
         self.inputs = inputs
         self.outputs = outputs
         try:
-            self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                path, session_options(threads), providers=["CPUExecutionProvider"]
+            )
         except _ORT_ERRORS as error:
             raise EngineError(f"{name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
         found = {value.name for value in self._session.get_inputs()}
