@@ -107,7 +107,5 @@ def check_feeds(network: str, specs: Iterable[TensorSpec], feeds: Mapping[str, A
         for size, expected in zip(shape, spec.shape, strict=True):
             known = expected if isinstance(expected, int) else sizes.setdefault(expected, size)
             if size != known:
-                raise EngineError(
-                    f"{network}: {name} has shape {shape}, expected {spec} with {expected} = {known}"
-                )
+                raise EngineError(f"{network}: {name} has shape {shape}, expected {spec} with {expected} = {known}")
     return sizes

@@ -43,9 +43,7 @@ class OnnxEngine:
         self.inputs = inputs
         self.outputs = outputs
         try:
-            self._session = ort.InferenceSession(
-                path, session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
             raise EngineError(f"{name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
         found = {value.name for value in self._session.get_inputs()}

@@ -21,12 +21,14 @@ _SYMBOLIC = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
 class Axis:
     """A symbolic size: the range that the network serves and the size that it is traced at.
 
-    Trace at 2 or more: torch.export turns sizes 0 and 1 into constants. ``minimum`` may be below that.
+    Trace at 2 or more: torch.export turns sizes 0 and 1 into constants. ``minimum`` may be below that, and
+    ``traced_maximum`` is for the case that the tracer can prove less than the graph serves.
     """
 
     minimum: int
     maximum: int
     example: int
+    traced_maximum: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,12 @@ def concrete(entry: int | str, sizes: Mapping[str, int]) -> int:
 def dynamic_shapes(spec: NetworkSpec) -> tuple[dict[int, Any], ...]:
     """The ``dynamic_shapes`` argument of ``torch.export.export`` for this network's inputs."""
     dims = {
-        name: torch.export.Dim(name, min=min(2, axis.example), max=max(axis.maximum, axis.example))
-        for name, axis in spec.axes.items()
+        name: torch.export.Dim(name, min=2, max=axis.traced_maximum or axis.maximum) for name, axis in spec.axes.items()
     }
     shapes: list[dict[int, Any]] = []
     for port in spec.inputs:
         parsed = {index: axis_of(entry) for index, entry in enumerate(port.shape)}
-        shapes.append(
-            {i: dims[p[1]] if p[0] == 1 else p[0] * dims[p[1]] for i, p in parsed.items() if p is not None}
-        )
+        shapes.append({i: dims[p[1]] if p[0] == 1 else p[0] * dims[p[1]] for i, p in parsed.items() if p is not None})
     return tuple(shapes)
 
 

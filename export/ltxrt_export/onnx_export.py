@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch module to ONNX graph, with every weight left where it is.
+
+A traced graph takes its weights as extra graph inputs while it is optimised, so that no pass can fold,
+transpose or rename them; afterwards they become initializers that point into the checkpoint file under the
+checkpoint's own names. Nothing here reads a weight, so a module of fake tensors exports as well as a real one.
+"""
+
+import logging
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from .networks.spec import NetworkSpec, dynamic_shapes, example_inputs
+from .weights import TensorRef
+
+__all__ = ["OPSET", "TracedGraph", "attach_weights", "export_model", "trace"]
+
+#: The first opset with Attention and RMSNormalization as single nodes.
+OPSET = 23
+
+_ONNX_DTYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "F8_E4M3": TensorProto.FLOAT8E4M3FN,
+    "I64": TensorProto.INT64,
+    "I32": TensorProto.INT32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TracedGraph:
+    """A traced module: its graph with weights still as graph inputs, and their module names."""
+
+    model: ModelProto
+    weights: frozenset[str]
+
+
+def export_model(spec: NetworkSpec) -> ModelProto:
+    """The finished ONNX model of a network: ports named as in ``spec``, weights external.
+
+    Initializers are named by checkpoint key and point into the file that holds them, by its bare name: that file
+    must lie beside the ``.onnx``. A tensor stored in another dtype than the graph computes in is cast in the
+    graph, once.
+    """
+    traced = trace(
+        spec.module,
+        example_inputs(spec),
+        dynamic_shapes(spec),
+        ([port.name for port in spec.inputs], [port.name for port in spec.outputs]),
+        constants=spec.constants,
+    )
+    name_axes(traced.model.graph, spec)
+    attach_weights(traced.model, {name: spec.weights[name] for name in traced.weights})
+    return finished(traced.model, spec.name)
+
+
+def trace(
+    module: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    dynamic: tuple[Any, ...] | None,
+    names: tuple[list[str], list[str]],
+    *,
+    constants: Mapping[str, NDArray[Any]] | None = None,
+) -> TracedGraph:
+    """Trace ``module`` on ``inputs`` and optimise the graph with its weights out of reach.
+
+    Args:
+        module: In eval mode; parameters and persistent buffers are its weights.
+        inputs: Example inputs, positional; tuples among them are flattened into consecutive graph inputs.
+        dynamic: ``dynamic_shapes`` of ``torch.export.export``.
+        names: Graph input and output names.
+        constants: Values of non-persistent buffers, needed where the module holds fake tensors.
+    """
+    with _quiet_exporter():
+        exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names[0],
+            output_names=names[1],
+            optimize=False,
+            verbose=False,
+        )
+        assert program is not None  # returned whenever dynamo=True
+        graph = program.model.graph
+        stored = set(module.state_dict())
+        for name in list(graph.initializers):
+            value = graph.initializers[name]
+            if name in stored:
+                del graph.initializers[name]
+                value.const_value = None
+                graph.inputs.append(value)
+            elif constants is not None and name in constants:
+                data = np.ascontiguousarray(constants[name].astype(value.dtype.numpy()))  # type: ignore[union-attr]
+                value.const_value = onnx_ir.Tensor(data, name=name)
+        program.optimize()
+    graph = program.model.graph
+    unused = [value for value in graph.inputs if value.name in stored and not value.uses()]
+    for value in unused:
+        graph.inputs.remove(value)
+    model = onnx_ir.to_proto(program.model)
+    weights = frozenset(value.name for value in model.graph.input if value.name in stored)
+    return TracedGraph(model, weights)
+
+
+@contextmanager
+def _quiet_exporter() -> Generator[None]:
+    """Silence what torch's exporter says on every call and nobody can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(copyreg|torch\..*)")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnxscript)\..*")
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def name_axes(graph: GraphProto, spec: NetworkSpec) -> None:
+    """Give the graph's inputs and outputs the dimensions that the spec declares."""
+    ports = {port.name: port for port in (*spec.inputs, *spec.outputs)}
+    for value in (*graph.input, *graph.output):
+        if value.name in ports:
+            port = ports[value.name]
+            element = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype))
+            value.type.CopyFrom(helper.make_tensor_type_proto(element, port.shape))
+
+
+def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef]) -> None:
+    """Turn weight inputs into initializers that point into their files.
+
+    Args:
+        model: Changed in place; every name in ``weights`` is one of its graph inputs.
+        weights: Graph input name to stored tensor. Two names may share one stored tensor.
+    """
+    graph = model.graph
+    kept = [value for value in graph.input if value.name not in weights]
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    del graph.input[:]
+    graph.input.extend(kept)
+    renamed: dict[str, str] = {}
+    casts: list[NodeProto] = []
+    for name in sorted(weights, key=lambda name: (weights[name].key, name)):
+        ref = weights[name]
+        if ref.key not in {tensor.name for tensor in graph.initializer}:
+            graph.initializer.append(_external(ref))
+        if _ONNX_DTYPES[ref.dtype] == dtypes[name]:
+            renamed[name] = ref.key
+        else:
+            cast = f"{ref.key}/cast"
+            if cast not in renamed.values():
+                casts.append(helper.make_node("Cast", [ref.key], [cast], name=cast, to=dtypes[name]))
+            renamed[name] = cast
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            node.input[index] = renamed.get(value, value)
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *nodes])
+
+
+def _external(ref: TensorRef) -> TensorProto:
+    tensor = TensorProto(name=ref.key, data_type=_ONNX_DTYPES[ref.dtype], dims=ref.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", ref.path.name), ("offset", ref.offset), ("length", ref.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def finished(model: ModelProto, name: str) -> ModelProto:
+    """Strip what differs between machines and runs (paths, traces), set producer and name, and check."""
+    graph = model.graph
+    graph.name = name
+    model.producer_name, model.producer_version, model.doc_string = "ltxrt-export", "", ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    return model
+
+
+def stored_values(tensor: TensorRef) -> NDArray[Any]:
+    """The stored tensor as a NumPy array (bf16 and fp8 through ml_dtypes)."""
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    dtype = np.dtype(dtypes.get(tensor.dtype) or helper.tensor_dtype_to_np_dtype(_ONNX_DTYPES[tensor.dtype]))
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return np.frombuffer(file.read(tensor.nbytes), dtype).reshape(tensor.shape)
+
+
+def constant_key(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+    """What makes two constants equal: dtype, shape, bytes."""
+    array = numpy_helper.to_array(tensor)
+    return tensor.data_type, tuple(tensor.dims), array.tobytes()
+
+
+def save(model: ModelProto, path: Any) -> None:
+    """Write the graph alone; its weights stay where they are."""
+    onnx.save_model(model, path)
