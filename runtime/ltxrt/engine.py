@@ -7,7 +7,7 @@ network's declaration before the backend is touched, so that a mistake is one se
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from .errors import EngineError
 
 __all__ = ["Array", "Capture", "Engine", "TensorSpec", "check_feeds"]
 
-Array = NDArray[np.generic]
+#: Any array; each tensor's dtype is the network's declaration.
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The denoising loop. The two stages are two instances of one class; each step is one run of one graph."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .encoders import Conditioning
+from .engine import Engine
+from .noise import gaussian
+from .rope import RopeGrid, rope_tables
+from .schedule import noised, steps
+from .shapes import LatentShape
+
+__all__ = ["DenoiseStage", "DenoiseStep"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseStep:
+    """One finished step.
+
+    ``latent`` [1, Nv, 128] is a view that the next step overwrites: copy what must outlive it.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    latent: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseStage:
+    """One stage of denoising at one size.
+
+    Attributes:
+        number: 1 (half size) or 2 (full size); also the stage's noise stream.
+        engine: The denoiser.
+        rope: The model's RoPE frequencies.
+        shape: Latent grid.
+        rate: Frames a second.
+        sigmas: Falling noise levels, the last one 0.
+    """
+
+    number: int
+    engine: Engine
+    rope: RopeGrid
+    shape: LatentShape
+    rate: Fraction
+    sigmas: Sequence[float]
+
+    def run(self, conditioning: Conditioning, initial: Floats | None, seed: int) -> Iterator[DenoiseStep]:
+        """Denoise, yielding after every step; the last step's latent is the stage's result.
+
+        Args:
+            conditioning: What steers the clip.
+            initial: Latent that is noised to the first sigma, [1, Nv, 128]; None starts from pure noise.
+            seed: The request's seed.
+        """
+        feeds = self._feeds(conditioning, initial, seed)
+        capture = self.engine.capture(feeds)
+        pairs = steps(self.sigmas)
+        for index, (sigma, sigma_next) in enumerate(pairs, start=1):
+            capture.inputs["sigma"][0] = sigma
+            capture.inputs["sigma_next"][0] = sigma_next
+            capture.replay()
+            latent = np.asarray(capture.outputs["latent_next"], np.float32)
+            capture.inputs["latent"][...] = latent
+            yield DenoiseStep(index, len(pairs), sigma_next, latent)
+
+    def _feeds(self, conditioning: Conditioning, initial: Floats | None, seed: int) -> dict[str, NDArray[np.generic]]:
+        tokens, channels = self.shape.tokens, conditioning.audio_tokens.shape[2]
+        start = np.zeros((1, tokens, channels), np.float32) if initial is None else initial
+        clean, mask, row = start.copy(), np.ones((1, tokens, 1), np.float32), np.ones(tokens, np.int64)
+        if conditioning.first_frames is not None:
+            conditioned = slice(0, self.shape.tokens_per_frame)
+            clean[:, conditioned] = conditioning.first_frames[self.number - 1]
+            mask[:, conditioned] = np.float32(1) - np.float32(conditioning.image_strength)
+            row[conditioned] = 0
+        noise = gaussian(seed, self.number, start.shape)
+        latent = noised(start, clean, noise, self.sigmas[0], mask)
+        return {
+            "latent": latent,
+            "clean": clean,
+            "mask": mask,
+            "audio_tokens": conditioning.audio_tokens,
+            "video_context": conditioning.text.video,
+            "audio_context": conditioning.text.audio,
+            "token_row": row,
+            "sigma": np.zeros(1, np.float32),
+            "sigma_next": np.zeros(1, np.float32),
+            **rope_tables(self.rope, self.shape, self.rate, conditioning.audio_tokens.shape[1]),
+        }

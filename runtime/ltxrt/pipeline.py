@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request to MP4 bytes: wiring only, in the order in which the data flows."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .clip_file import ClipFile
+from .decode import VideoDecoder
+from .denoise import DenoiseStage
+from .encoders import Conditioning, encode_audio, encode_image, encode_text
+from .engine_store import Engines, EngineStore
+from .latent import to_grid
+from .mux import FragmentMuxer, MuxOptions
+from .plan import Plan, plan_clip
+from .request import Request
+from .result import Fragment, Progress, Result, summarise
+from .timing import Timings
+from .tokenizer import PromptTokenizer
+from .upsample import upsample
+
+__all__ = ["Event", "Pipeline"]
+
+#: What ``Pipeline.events`` yields: progress, bytes of the clip, and last of all the result.
+Event = Progress | Fragment | Result
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Everything that is loaded once and serves any number of requests.
+
+    Requests may run from several threads; each has its own buffers.
+    """
+
+    bundle: Bundle
+    store: EngineStore
+    tokenizer: PromptTokenizer
+
+    @classmethod
+    def open(cls, bundle: str | Path | None = None, *, threads: int = 0) -> "Pipeline":
+        """Open a bundle; None is the tiny one that comes with the package.
+
+        Args:
+            bundle: Folder of the bundle.
+            threads: CPU threads within one operator; 0 uses every core.
+
+        Raises:
+            BundleError: The bundle is missing, damaged or of another version.
+        """
+        opened = Bundle.open(bundle)
+        tokenizer = PromptTokenizer(opened.file("tokenizer.json"), opened.manifest.model.context_tokens)
+        return cls(opened, EngineStore(opened, threads=threads), tokenizer)
+
+    def generate(self, request: Request) -> Iterator[bytes]:
+        """A playable fragmented MP4, in pieces, while later frames are still being decoded.
+
+        The request is checked and its media read before this returns; nothing else runs until the iterator is consumed.
+
+        Raises:
+            LtxrtError: As ``events``.
+        """
+        events = self.events(request)
+        return (event.data for event in events if isinstance(event, Fragment))
+
+    def render(self, request: Request, output: str | Path) -> Result:
+        """Write a faststart MP4, read it back and check it before it gets its name.
+
+        Raises:
+            OutputError: ``output`` cannot be written; nothing is left there.
+            VerificationError: The file is not what it should be; nothing is left there.
+            LtxrtError: As ``events``.
+        """
+        result: Result | None = None
+        for event in self.render_events(request, output):
+            result = event if isinstance(event, Result) else result
+        assert result is not None  # events end with it
+        return result
+
+    def render_events(self, request: Request, output: str | Path) -> Iterator[Progress | Result]:
+        """``render`` for callers who show progress: the events but for the bytes, which go to the file."""
+        with ClipFile(Path(output)) as file, closing(self.events(request)) as events:
+            for event in events:
+                if isinstance(event, Fragment):
+                    file.append(event.data)
+                elif isinstance(event, Progress):
+                    yield event
+                else:
+                    file.commit(event.expectation)
+                    yield event
+
+    def events(self, request: Request) -> Generator[Event]:
+        """Progress, fragments and the result of one clip, as they come.
+
+        The request is checked and its media read before this returns. Closing the iterator cancels the clip.
+
+        Raises:
+            RequestError: A field is refused (here, or when an engine's limits are met).
+            MediaError: The audio or image is refused.
+            EngineError: A network fails.
+        """
+        timings = Timings()
+        with timings.stage("plan"):
+            plan = plan_clip(request, self.bundle)
+        return self._events(plan, timings)
+
+    def _events(self, plan: Plan, timings: Timings) -> Generator[Event]:
+        yield Progress("load", 0, 1)
+        with timings.stage("load"):
+            engines = self.store.engines(plan.preset.name).timed(timings)
+        yield Progress("load", 1, 1)
+        with timings.stage("encode"):
+            conditioning, notes = self._condition(plan, engines)
+        yield Progress("encode", 1, 1)
+        latent: NDArray[np.float32] | None = None
+        half, full = plan.canvas.halved().to_latent(), plan.canvas.to_latent()
+        for number, shape, sigmas in (
+            (1, half, plan.preset.stage_1_sigmas),
+            (2, full, plan.preset.stage_2_sigmas),
+        ):
+            if latent is not None:
+                with timings.stage("upsample"):
+                    latent = upsample(engines.upsampler, latent, half)
+                yield Progress("upsample", 1, 1)
+            stage = DenoiseStage(
+                number=number,
+                engine=engines.denoiser,
+                rope=self.bundle.rope,
+                shape=shape,
+                rate=plan.rate,
+                sigmas=sigmas,
+            )
+            name = f"denoise_{number}"
+            steps = stage.run(conditioning, latent, plan.seed)
+            while True:
+                with timings.stage(name):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                latent = step.latent
+                yield Progress(name, step.step, step.steps)
+        assert latent is not None  # both stages ran
+        timings.mark("last_denoise_step")
+        yield from self._deliver(plan, to_grid(latent, full), engines, timings)
+        yield summarise(plan, notes, timings, self.bundle, self.store.backend.name)
+
+    def _condition(self, plan: Plan, engines: Engines) -> tuple[Conditioning, tuple[str, ...]]:
+        """Run the encoders; notes say what did not fit."""
+        prompt = self.tokenizer.encode(plan.request.prompt)
+        crf = self.bundle.manifest.model.image_crf
+        conditioning = Conditioning(
+            text=encode_text(engines.text_encoder, prompt),
+            audio_tokens=encode_audio(engines.audio_encoder, plan.source, plan.canvas.frames, plan.rate),
+            first_frames=None
+            if plan.image is None
+            else encode_image(engines.image_encoder, plan.image, plan.canvas, crf),
+            image_strength=plan.request.image_strength,
+        )
+        if prompt.dropped_tokens:
+            return conditioning, (f"prompt cut by {prompt.dropped_tokens} tokens to the model's context",)
+        return conditioning, ()
+
+    def _deliver(
+        self, plan: Plan, latent: NDArray[np.float32], engines: Engines, timings: Timings
+    ) -> Iterator[Progress | Fragment]:
+        """Decode, encode and mux, chunk by chunk."""
+        decoder = VideoDecoder(
+            engines.video_decoder, self.bundle.manifest.model.stream, plan.preset.decode_chunk_latents
+        )
+        options = MuxOptions(
+            width=plan.canvas.width,
+            height=plan.canvas.height,
+            frame_rate=plan.rate,
+            crf=plan.preset.crf,
+            x264_preset=plan.preset.x264_preset,
+            audio_bitrate=plan.preset.audio_bitrate,
+            tags={"model": self.bundle.manifest.model.name},
+        )
+        with FragmentMuxer(options, plan.output_audio) as muxer:
+            chunks = decoder.chunks(latent, plan.frames, plan.rate)
+            while True:
+                with timings.stage("decode"):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                timings.note("last_chunk_decoded")
+                with timings.stage("mux"):
+                    data = muxer.write(chunk.frames)
+                if data:
+                    timings.mark("first_fragment")
+                    yield Fragment(data)
+                yield Progress("decode", muxer.frames_written, plan.frames)
+            with timings.stage("mux"):
+                data = muxer.finish()
+            timings.add_backend("media_encoders", muxer.seconds_encoding)
+            if data:
+                yield Fragment(data)
