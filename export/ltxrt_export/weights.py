@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ltxrt.errors import ExportError
+from ltxrt.errors import ExportError, shown
 
 __all__ = ["DTYPE_BYTES", "TensorFile", "TensorRef"]
 
@@ -61,35 +61,64 @@ class TensorFile:
         Raises:
             ExportError: The file is missing, not safetensors, truncated or inconsistent.
         """
+        size, header_bytes = _header_bytes(path)
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                prefix = file.read(8)
-                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-                if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                    raise ExportError(
-                        f"{path}: not a safetensors file (header length {length}, file {size} bytes)"
-                    )
-                header: dict[str, Any] = json.loads(file.read(length))
-        except OSError as error:
-            raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ExportError(f"{path}: not a safetensors file: {error}") from error
+            header: object = json.loads(header_bytes)
+        except (ValueError, RecursionError) as error:
+            raise ExportError(f"{path}: not a safetensors file: its header is not JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise ExportError(f"{path}: not a safetensors file: its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
-        tensors = {key: _tensor_ref(path, key, entry, 8 + length) for key, entry in header.items()}
-        end = max((ref.offset + ref.nbytes for ref in tensors.values()), default=8 + length)
-        if end > size:
-            raise ExportError(f"{path}: truncated, {size} bytes where its header needs {end}")
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ExportError(f"{path}: __metadata__ is {shown(metadata, 60)}; allowed: strings by name")
+        base = 8 + len(header_bytes)
+        tensors = {key: _tensor_ref(path, key, entry, base) for key, entry in header.items()}
+        _check_layout(path, tensors, base, size)
         return cls(path, metadata, tensors)
 
 
-def _tensor_ref(path: Path, key: str, entry: Mapping[str, Any], base: int) -> TensorRef:
-    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+def _header_bytes(path: Path) -> tuple[int, bytes]:
+    """File size and the bytes of the JSON header."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ExportError(f"{path}: not a safetensors file (header length {length}, file {size} bytes)")
+            return size, file.read(length)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _tensor_ref(path: Path, key: str, entry: Any, base: int) -> TensorRef:
+    """The checked header entry of one tensor; ``base`` is where the data begins."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise ExportError(f"{path}: {key} has a damaged header entry {shown(entry, 80)}")
     if dtype not in DTYPE_BYTES:
-        raise ExportError(f"{path}: {key} has dtype {dtype}; known: {', '.join(DTYPE_BYTES)}")
-    nbytes = prod(shape) * DTYPE_BYTES[dtype]
+        raise ExportError(f"{path}: {key} has dtype {shown(dtype)}; known: {', '.join(DTYPE_BYTES)}")
+    (start, stop), nbytes = offsets, prod(shape) * DTYPE_BYTES[dtype]
     if stop - start != nbytes:
-        raise ExportError(
-            f"{path}: {key} takes {stop - start} bytes where {dtype}{list(shape)} needs {nbytes}"
-        )
+        raise ExportError(f"{path}: {key} takes {stop - start} bytes where {dtype}{list(shape)} needs {nbytes}")
     return TensorRef(path, key, dtype, shape, base + start, nbytes)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A JSON list of whole numbers; None for anything else."""
+    whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return tuple(value) if whole else None
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorRef], base: int, size: int) -> None:
+    """The data is one run without gap or overlap from ``base`` to the end of the file, as the format has it."""
+    end = base
+    for ref in sorted(tensors.values(), key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != end:
+            raise ExportError(f"{path}: {ref.key} lies at byte {ref.offset} where {end} is expected")
+        end += ref.nbytes
+    if end > size:
+        raise ExportError(f"{path}: truncated, {size} bytes where its header needs {end}")
+    if end < size:
+        raise ExportError(f"{path}: {size - end} bytes too long for its header, which ends at {end}")

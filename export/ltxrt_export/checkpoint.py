@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published LTX-2.3 files: the single-file checkpoint, the Gemma folder, the upsampler.
+
+Opening reads headers only. A component pairs a module, built from the file's own config, with the stored tensor
+behind each of its parameters; the pairing is strict in names, shapes and dtypes, whatever the model's width.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ltxrt.errors import ExportError, shown
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ltxrt_export import architecture, keys, vae_blocks
+from ltxrt_export.weights import TensorFile, TensorRef
+
+__all__ = ["SUPPORTED_GENERATION", "Checkpoint", "Component", "Gemma", "Upsampler"]
+
+#: First two numbers of the ``model_version`` that can be exported.
+SUPPORTED_GENERATION = (2, 3)
+
+#: Longest text context; the tokenizer of the published text encoder states no limit.
+MAX_CONTEXT_TOKENS = 1024
+
+_DTYPES = ("BF16", "F16", "F32")
+_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A network's module and where its weights lie.
+
+    Attributes:
+        name: ``transformer``, ``connectors``, ``video_vae``, ``audio_vae``, ``upsampler`` or ``text_model``.
+        build: Builds the module without weights, under whatever device or tensor mode is active.
+        weights: Stored tensor behind every entry of the module's state dict.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    weights: Mapping[str, TensorRef]
+
+    def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The module with its weights in ``dtype``, on the CPU, in eval mode, without gradients.
+
+        Raises:
+            ExportError: The stored tensors cannot be read.
+        """
+        with _SkipInit():
+            module = self.build()
+        module.load_state_dict(self._tensors(dtype), strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            for name, ref in self.weights.items():
+                try:
+                    if ref.path not in files:
+                        files[ref.path] = stack.enter_context(safe_open(ref.path, framework="pt"))
+                    tensors[name] = files[ref.path].get_tensor(ref.key).to(dtype)
+                except (OSError, ValueError, RuntimeError) as error:
+                    raise ExportError(f"{ref.path}: {ref.key} cannot be read: {error}") from error
+        return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A published single-file checkpoint: DiT, connectors and VAEs, with the config in its metadata.
+
+    Attributes:
+        path: The file.
+        version: Its ``model_version``, for example ``2.3.0``.
+        config: Its ``config``, by section.
+        file: Its header.
+    """
+
+    path: Path
+    version: str
+    config: Mapping[str, Any]
+    file: TensorFile
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.path.stem
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the header, check the version, that the config is whole and that every tensor is known.
+
+        Raises:
+            ExportError: The file is missing, damaged, of another generation, or holds unknown tensors.
+        """
+        file = TensorFile.open(path)
+        config = _embedded_config(file)
+        version = file.metadata.get("model_version", config.get("model_version"))
+        _check_version(path, version)
+        architecture.check_widths(config)
+        unknown = [
+            key for key in file.tensors if keys.component_of(key) is None and not key.startswith(keys.UNREAD_PREFIXES)
+        ]
+        if unknown:
+            raise ExportError(f"{path}: {len(unknown)} tensors of no known component ({_few(unknown)})")
+        return cls(path, str(version), config, file)
+
+    def component(self, name: str) -> Component:
+        """The component ``transformer``, ``connectors``, ``video_vae`` or ``audio_vae``.
+
+        ``audio_vae`` is the encoder and the statistics: audio-to-video never decodes audio.
+
+        Raises:
+            ExportError: The config is not supported, or the stored tensors do not fit it.
+            ValueError: There is no such component.
+        """
+        if name not in keys.COMPONENTS:
+            raise ValueError(f"{name!r} is not a component; allowed: {', '.join(keys.COMPONENTS)}")
+        config = self.config
+        builders: Mapping[str, Callable[[], nn.Module]] = {
+            "transformer": lambda: architecture.transformer(config),
+            "connectors": lambda: architecture.connectors(config, self._text_widths()),
+            "video_vae": lambda: architecture.video_vae(config),
+            "audio_vae": lambda: architecture.audio_vae(config),
+        }
+        if name == "video_vae":
+            encoder, decoder = vae_blocks.block_chains(config)
+            key_map = keys.video_vae_keys(len(encoder.resampling), len(decoder.resampling))
+        else:
+            key_map = keys.key_map(name)
+        stored = {key: ref for key, ref in self.file.tensors.items() if keys.component_of(key) == name}
+        return _paired(self.path, name, builders[name], key_map, stored)
+
+    def check_text_encoder(self, gemma: "Gemma") -> None:
+        """Check that the text projections take the hidden states of ``gemma``, and the registers its context.
+
+        Raises:
+            ExportError: They do not.
+        """
+        mine = self._text_widths()["text_config"]
+        section = gemma.config["text_config"]
+        theirs = {key: section.get(key) for key in mine}
+        if mine != theirs:
+            raise ExportError(f"{gemma.path}: text_config has {theirs}; {self.path.name} needs {mine}")
+        registers = self.config["transformer"]["connector_num_learnable_registers"]
+        if gemma.context_length % registers:
+            raise ExportError(
+                f"{gemma.path}: model_max_length {gemma.context_length} is not a multiple of the"
+                f" {registers} registers of {self.path.name}"
+            )
+
+    def _text_widths(self) -> dict[str, Any]:
+        """Width and depth of the text model that the stored projections were made for, as a Gemma config."""
+        key = keys.key_map("connectors").stored("video_text_proj_in.weight")
+        ref, width = self.file.tensors.get(key), self.config["transformer"].get("caption_channels")
+        if ref is None:
+            raise ExportError(f"{self.path}: connectors: 1 tensors missing ({key})")
+        if type(width) is not int or width < 1 or len(ref.shape) != 2 or ref.shape[1] % width:
+            raise ExportError(
+                f"{self.path}: {key} is {list(ref.shape)}; its columns are not whole hidden states of"
+                f" transformer.caption_channels = {shown(width)}"
+            )
+        # One state a layer and the embeddings.
+        text = {"hidden_size": width, "num_hidden_layers": ref.shape[1] // width - 1}
+        return {"model_type": "gemma3", "text_config": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma:
+    """A Gemma 3 folder in the Hugging Face layout: config, weights in one file or shards, tokenizer.
+
+    Attributes:
+        path: The folder.
+        config: Its ``config.json``.
+        tensors: Every stored tensor, of all shards.
+        context_length: Tokens of a text context: the tokenizer's ``model_max_length``, at most 1024.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    context_length: int
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's ``tokenizer.json``."""
+        return self.path / "tokenizer.json"
+
+    @classmethod
+    def open(cls, folder: Path) -> "Gemma":
+        """Read configs and headers.
+
+        Raises:
+            ExportError: A file is missing or damaged, or the shards are not those of the index.
+        """
+        config = _read_json(folder / "config.json")
+        tokenizer = _read_json(folder / "tokenizer_config.json")
+        if not (folder / "tokenizer.json").is_file():
+            raise ExportError(f"{folder / 'tokenizer.json'}: cannot be read: No such file")
+        limit = tokenizer.get("model_max_length")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
+            raise ExportError(
+                f"{folder / 'tokenizer_config.json'}: model_max_length = {shown(limit)}; allowed: at least 1"
+            )
+        return cls(folder, config, _gemma_tensors(folder), int(min(limit, MAX_CONTEXT_TOKENS)))
+
+    def component(self) -> Component:
+        """The language model, named ``text_model``; vision tower, projector and lm_head are left unread.
+
+        Raises:
+            ExportError: The config is not supported, or the stored tensors do not fit it.
+        """
+        unread = keys.UNREAD_GEMMA_PREFIXES
+        stored = {key: ref for key, ref in self.tensors.items() if not key.startswith(unread)}
+        config = self.config
+        return _paired(self.path, "text_model", lambda: architecture.text_model(config), keys.gemma_keys(), stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Upsampler:
+    """A latent upsampler's own file.
+
+    Attributes:
+        path: The file.
+        config: The flat ``config`` of its metadata.
+        file: Its header.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    file: TensorFile
+
+    @classmethod
+    def open(cls, path: Path) -> "Upsampler":
+        """Read the header.
+
+        Raises:
+            ExportError: The file is missing, damaged or has no config.
+        """
+        file = TensorFile.open(path)
+        return cls(path, _embedded_config(file), file)
+
+    def component(self) -> Component:
+        """The upsampler.
+
+        Raises:
+            ExportError: It is another kind of upsampler, or the stored tensors do not fit its config.
+        """
+        config = self.config
+        return _paired(
+            self.path,
+            "upsampler",
+            lambda: architecture.upsampler(config),
+            keys.upsampler_keys(),
+            self.file.tensors,
+        )
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves new parameters uninitialised: they are about to be replaced, and random ones take minutes at 12 B."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _paired(
+    path: Path,
+    name: str,
+    build: Callable[[], nn.Module],
+    key_map: keys.KeyMap,
+    stored: Mapping[str, TensorRef],
+) -> Component:
+    """The component, if exactly its tensors are stored, in their shapes and in a dtype that can be exported."""
+    with torch.device("meta"):
+        expected = {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
+    by_key = {key_map.stored(module_name): module_name for module_name in expected}
+    missing = [key for key in by_key if key not in stored]
+    unexpected = [key for key in stored if key not in by_key]
+    both = [(stored[key], expected[module_name]) for key, module_name in by_key.items() if key in stored]
+    shapes = [f"{ref.key} {list(ref.shape)} for {list(shape)}" for ref, shape in both if ref.shape != shape]
+    dtypes = [f"{ref.key} {ref.dtype}" for ref, _ in both if ref.dtype not in _DTYPES]
+    problems = [
+        f"{len(names)} tensors {what} ({_few(names)})"
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (shapes, "of another shape"),
+            (dtypes, f"of a dtype other than {', '.join(_DTYPES)}"),
+        )
+        if names
+    ]
+    if problems:
+        raise ExportError(f"{path}: {name}: {'; '.join(problems)}")
+    return Component(name, build, {module_name: stored[key] for key, module_name in by_key.items()})
+
+
+def _embedded_config(file: TensorFile) -> Mapping[str, Any]:
+    if "config" not in file.metadata:
+        raise ExportError(f"{file.path}: no config in its metadata; allowed: a file published by Lightricks")
+    try:
+        config = json.loads(file.metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{file.path}: the config in its metadata is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{file.path}: the config in its metadata is {shown(config)}; allowed: an object")
+    return config
+
+
+def _check_version(path: Path, version: object) -> None:
+    supported = ".".join(str(number) for number in SUPPORTED_GENERATION)
+    if version is None:
+        raise ExportError(f"{path}: no model_version in its metadata; supported: {supported}")
+    numbers = str(version).replace("-", ".").split(".")[: len(SUPPORTED_GENERATION)]
+    if numbers != [str(number) for number in SUPPORTED_GENERATION]:
+        raise ExportError(
+            f"{path}: model_version {shown(version)} is another generation of the architecture; supported: {supported}"
+        )
+
+
+def _gemma_tensors(folder: Path) -> dict[str, TensorRef]:
+    """Tensors of ``model.safetensors`` or of the shards that ``model.safetensors.index.json`` names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return dict(TensorFile.open(folder / "model.safetensors").tensors)
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError(f"{index}: weight_map is {shown(weight_map, 60)}; allowed: file names by tensor")
+    names: set[Any] = set(weight_map.values())
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if foreign:
+        raise ExportError(f"{index}: {shown(foreign[0])} is not the name of a file in this folder")
+    shards = {name: TensorFile.open(folder / name) for name in sorted(names)}
+    astray = [key for key, name in weight_map.items() if key not in shards[name].tensors]
+    if astray:
+        raise ExportError(f"{index}: {len(astray)} tensors are not in the shard named ({_few(astray)})")
+    return {key: shards[name].tensors[key] for key, name in weight_map.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: {shown(value, 60)}; allowed: an object")
+    return value
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first names of many, for a message."""
+    names = list(names)
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
