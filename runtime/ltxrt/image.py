@@ -173,12 +173,12 @@ def _srgb(image: Image.Image, profile: bytes, *, grey: bool) -> Image.Image:
     """The image converted from an ICC profile, or as it is where the profile does not fit or is broken."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if space == "RGB":
+        space = profile[16:20]  # field of the ICC header
+        if space == b"RGB ":
             image = image.convert("RGB")
-        elif space == "GRAY" and grey:
+        elif space == b"GRAY" and grey:
             image = image.convert("L")
-        elif space != image.mode:  # what is left to fit: CMYK
+        elif (space, image.mode) != (b"CMYK", "CMYK"):
             return image
         target = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
@@ -220,21 +220,24 @@ def _cover(image: Pixels, width: int, height: int) -> NDArray[np.float32]:
     scale = max(height / image.shape[0], width / image.shape[1])
     top, bottom, down = _taps(image.shape[0], math.ceil(image.shape[0] * scale), height)
     left, right, across = _taps(image.shape[1], math.ceil(image.shape[1] * scale), width)
-    across, down = across[None, :, None], down[:, None, None]
+    upper, lower = (
+        _blend(lines[:, left], lines[:, right], across[None, :, None]) for lines in (image[top], image[bottom])
+    )
+    return _blend(upper, lower, down[:, None, None])
 
-    def row(rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        lines = image[rows]
-        return lines[:, left] * (1 - across) + lines[:, right] * across
 
-    return row(top) * (1 - down) + row(bottom) * down
+def _blend(first: NDArray[np.generic], second: NDArray[np.generic], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``first`` to ``second`` by ``weight``, in float32."""
+    near = np.multiply(first, np.float32(1) - weight, dtype=np.float32)
+    return np.add(near, np.multiply(second, weight, dtype=np.float32), dtype=np.float32)
 
 
 def _taps(source: int, scaled: int, kept: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
     """The two pixels that each kept output pixel lies between along one side, and the second one's weight."""
     start = (scaled - kept) // 2
-    ratio = np.float32(source) / np.float32(scaled)
-    half = np.float32(0.5)
-    position = ratio * (np.arange(start, start + kept, dtype=np.float32) + half) - half
+    # float32 as in the reference, whose compilers fuse the multiplication and the subtraction into one rounding.
+    ratio = np.float64(np.float32(source) / np.float32(scaled))
+    position = (ratio * (np.arange(start, start + kept) + 0.5) - 0.5).astype(np.float32)
     position = np.maximum(position, np.float32(0))
     first = np.minimum(position.astype(np.intp), source - 1)
     weight = np.clip(position - first.astype(np.float32), 0, 1).astype(np.float32)

@@ -11,9 +11,9 @@ that ends early plays what it holds. Where the cut or the damage makes the demux
 (FLAC, AAC and MP4 mostly), the file is refused rather than played with a hole in it.
 
 Sample counts are FFmpeg's: encoder delay and padding go where the file declares them (LAME header, Opus
-pre-skip, Ogg end position, MP4 edit list). Beyond FFmpeg, AAC in MP4 also ends where its edit list ends. Raw
-AAC (ADTS) and MP3 without a LAME header declare nothing and keep the padding of the codec. The track starts at
-its first sample, also in a video whose sound starts late.
+pre-skip, Ogg end position, MP4 edit list). Beyond FFmpeg, sound in an MP4 also ends where its edit list ends,
+as in a browser. Raw AAC (ADTS) and MP3 without a LAME header declare nothing and keep the padding of the codec.
+The track starts at its first sample, also in a video whose sound starts late.
 """
 
 import math
@@ -74,6 +74,8 @@ _SIGNATURES = (
     *((4, box, "mov") for box in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
 )
 _CODECS = frozenset(("aac", "ac3", "adpcm_ima_wav", "adpcm_ms", "alac", "eac3", "flac", "mp2", "mp3", "opus", "vorbis"))
+# Codecs whose last frame in an MP4 is padding in part. Not MP3: FFmpeg's edit list for it ends too early.
+_PADDED_CODECS = frozenset(("aac", "opus"))
 _DECODE_ERRORS = (FFmpegError, OSError, ValueError)
 _SILENT = "holds no sound (its audio track has no samples)"
 
@@ -302,7 +304,7 @@ def _decode(container: InputContainer, max_seconds: Fraction | None, refuse: _Re
 
     samples = np.concatenate(pieces, axis=1)
     end = _edit_list_end(stream, rate)
-    if codec == "aac" and end is not None and 0 < samples.shape[1] - end < longest_frame:
+    if codec in _PADDED_CODECS and end is not None and 0 < samples.shape[1] - end < longest_frame:
         samples = samples[:, :end]
     if samples.shape[1] > limit:
         raise refuse(f"is too long ({float(Fraction(limit, rate)):.2f} s fit)", "a shorter track")
