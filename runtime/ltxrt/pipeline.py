@@ -53,7 +53,7 @@ class Pipeline:
             BundleError: The bundle is missing, damaged or of another version.
         """
         opened = Bundle.open(bundle)
-        tokenizer = PromptTokenizer(opened.file("tokenizer.json"), opened.manifest.model.context_tokens)
+        tokenizer = PromptTokenizer.open(opened.file("tokenizer.json"), opened.manifest.model.context_tokens)
         return cls(opened, EngineStore(opened, threads=threads), tokenizer)
 
     def generate(self, request: Request) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from .errors import MediaError
 from .image import aspect_ratio, read_image
 from .media import AudioTrack, fit, for_output, read_audio
 from .preset import Preset, load_preset
-from .request import MAX_FRAMES, MAX_SIDE, MIN_SIDE, NAMED_SIZES, Request, Size
+from .request import DEFAULT_NEGATIVE_PROMPT, MAX_FRAMES, MAX_SIDE, MIN_SIDE, NAMED_SIZES, Request, Size
 from .schedule import check_sigmas
 from .shapes import (
     CANVAS_MULTIPLE,
@@ -30,6 +30,7 @@ from .shapes import (
 __all__ = ["Plan", "auto_size", "plan_clip"]
 
 _LANDSCAPE = Fraction(16, 9)
+_NO_GUIDANCE = "negative_prompt has no effect: the distilled model runs without guidance"
 _ASPECT_TOLERANCE = math.log(1.05)
 
 
@@ -86,7 +87,7 @@ def plan_clip(request: Request, bundle: Bundle) -> Plan:
     width, height = _size(request, preset, bundle, image)
     output_audio, audio_note = _output_audio(source, frames, rate) if request.generate_audio else (None, None)
     notes = [
-        "negative_prompt has no effect: the distilled model runs without guidance" if request.negative_prompt else None,
+        _NO_GUIDANCE if request.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT) else None,
         audio_note,
     ]
     return Plan(

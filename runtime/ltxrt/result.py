@@ -110,6 +110,7 @@ class Result:
             "model": self.model,
             "engine": self.engine,
             "image_strength": self.image_strength,
+            "negative_prompt_used": False,  # guidance is 1: the distilled model has no use for it
             "audio_samples": self.audio_samples,
             "audio_rate": self.audio_rate,
             "notes": list(self.notes),

@@ -29,22 +29,27 @@ class PromptTokenizer:
     """The bundle's tokenizer.
 
     Args:
-        path: ``tokenizer.json``.
+        tokenizer: With a ``<bos>`` token; its own truncation and padding are turned off.
         context_tokens: Most tokens of a prompt, BOS included.
 
     Raises:
         BundleError: The tokenizer has no ``<bos>``.
     """
 
-    def __init__(self, path: Path, context_tokens: int) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
-        bos = self._tokenizer.token_to_id("<bos>")
+    def __init__(self, tokenizer: Tokenizer, context_tokens: int) -> None:
+        bos = tokenizer.token_to_id("<bos>")
         if bos is None:
-            raise BundleError(f"{path} has no <bos> token")
+            raise BundleError("the bundle's tokenizer has no <bos> token")
+        self._tokenizer = tokenizer
         self._bos = int(bos)
         self._context_tokens = context_tokens
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    @classmethod
+    def open(cls, path: Path, context_tokens: int) -> "PromptTokenizer":
+        """Read ``tokenizer.json``."""
+        return cls(Tokenizer.from_file(str(path)), context_tokens)
 
     def encode(self, prompt: str) -> TokenizedPrompt:
         """Token ids of a prompt; what exceeds the context is cut off at the end and counted."""
