@@ -162,6 +162,8 @@ def _remux(source: Path, target: Path) -> None:
 
 
 def _copy(reader: InputContainer, writer: OutputContainer) -> None:
+    if not reader.streams.video:
+        raise OutputError("the stream holds no video")
     writer.metadata.update({name: reader.metadata[name] for name in STORED_TAGS if name in reader.metadata})
     copies = {stream.index: writer.add_stream_from_template(stream, opaque=True) for stream in reader.streams}
     for packet in reader.demux():
