@@ -229,6 +229,7 @@ def _facts(played: _Played, boxes: MovieBoxes, video: TrackBoxes, audio: TrackBo
     ticks = video.sample_runs[0][1]
     frame_seconds = Fraction(ticks, video.timescale)
     last_seconds = Fraction(video.sample_runs[-1][1], video.timescale)
+    even = len(video.sample_runs) == 1 and video.contiguous
     intervals = {later - earlier for earlier, later in pairwise(times)}
     audio_seconds = None if audio is None else _audible_seconds(audio, boxes.timescale)
     rate = played.audio_rate
@@ -243,7 +244,7 @@ def _facts(played: _Played, boxes: MovieBoxes, video: TrackBoxes, audio: TrackBo
         audio_duration_seconds=audio_seconds,
         audio_samples=None if audio_seconds is None or rate is None else round(audio_seconds * rate),
         audio_rate=rate,
-        constant_frame_rate=intervals <= {frame_seconds} and last_seconds == frame_seconds,
+        constant_frame_rate=even and intervals <= {frame_seconds},
         faststart=boxes.is_faststart,
         colour=played.colour,
         ai_marked=any(AI_DISCLOSURE in played.tags.get(tag, "") for tag in ("comment", "description")),
@@ -254,14 +255,18 @@ def _facts(played: _Played, boxes: MovieBoxes, video: TrackBoxes, audio: TrackBo
 def _audible_seconds(audio: TrackBoxes, movie_timescale: int) -> Fraction:
     """How long the track plays: its samples, less what the edit list cuts off at either end."""
     edits = [edit for edit in audio.edits if edit.media_time >= 0]
-    skipped = edits[0].media_time if edits else 0
-    playable = Fraction(audio.media_duration - skipped, audio.timescale)
+    playable = Fraction(audio.media_duration - _skipped_ticks(audio), audio.timescale)
     if movie_timescale and edits and all(edit.segment_duration for edit in edits):
         segment = Fraction(sum(edit.segment_duration for edit in edits), movie_timescale)
         # A coarse movie time scale rounds; only a cut that is longer than its tick is meant.
         if playable - segment > Fraction(1, movie_timescale):
             return segment
     return playable
+
+
+def _skipped_ticks(track: TrackBoxes) -> int:
+    """Ticks of the track that its edit list leaves out at the start."""
+    return next((edit.media_time for edit in track.edits if edit.media_time >= 0), 0)
 
 
 def _decodes(played: _Played, boxes: MovieBoxes, video: TrackBoxes) -> Check:
@@ -287,9 +292,9 @@ def _starts(report: ClipReport) -> Check:
 
 def _constant(report: ClipReport, video: TrackBoxes) -> Check:
     runs = len(video.sample_runs)
-    constant = report.constant_frame_rate and runs == 1 and video.contiguous
     joined = "" if video.contiguous else ", fragments do not join"
-    return Check("constant_frame_rate", constant, f"{report.frame_rate} frames per second in {runs} run(s){joined}")
+    found = f"{report.frame_rate} frames per second, {runs} length(s) of frames{joined}"
+    return Check("constant_frame_rate", report.constant_frame_rate, found)
 
 
 def _audio_checks(report: ClipReport, played: _Played, audio: TrackBoxes) -> list[Check]:
@@ -300,15 +305,16 @@ def _audio_checks(report: ClipReport, played: _Played, audio: TrackBoxes) -> lis
     end = start + report.audio_duration_seconds
     # FFmpeg's end may lie later (it plays the last frame whole), never earlier.
     whole = played.audio_end >= end - sample and audio.contiguous
-    skipped = next((edit.media_time for edit in audio.edits if edit.media_time >= 0), 0)
+    # Every AAC encoder starts with at least the first half of a transform: one frame before the sound.
+    skipped = Fraction(_skipped_ticks(audio), audio.timescale) / sample
     video_end = report.video_start_seconds + report.video_duration_seconds
     apart = end - video_end
     return [
         Check("audio_decodes", whole, f"decoded to {float(played.audio_end):.6f} of {float(end):.6f} s"),
         Check(
             "no_priming_gap",
-            skipped > 0 or not played.is_aac,
-            f"the edit list skips {skipped} of {audio.timescale} ticks a second",
+            skipped >= AAC_FRAME_SAMPLES or not played.is_aac,
+            f"the edit list skips {skipped} samples of encoder delay",
         ),
         Check(
             "ends_together",
