@@ -285,6 +285,7 @@ def _decode(container: InputContainer, max_seconds: Fraction | None, refuse: _Re
     limit = MAX_AUDIO_VALUES // min(channels, 2)
     if max_seconds is not None:
         limit = min(limit, math.floor(max_seconds * rate))
+    too_long = refuse(f"is longer than {math.floor(100 * limit / rate) / 100:.2f} s", "a shorter track")
 
     # Without a layout the resampler only converts to float: exact for integers of up to 24 bits.
     resampler = av.AudioResampler(format="fltp", layout="stereo" if channels > 2 else None)
@@ -298,7 +299,7 @@ def _decode(container: InputContainer, max_seconds: Fraction | None, refuse: _Re
         longest_frame = max(longest_frame, frame.samples)
         # Up to a frame over the limit may be padding, which goes below.
         if count > limit + longest_frame:
-            break
+            raise too_long
     # The filter: a resampler that had nothing to convert answers a flush with None.
     pieces += (_floats(piece) for piece in filter(None, resampler.resample(None)))
 
@@ -307,7 +308,7 @@ def _decode(container: InputContainer, max_seconds: Fraction | None, refuse: _Re
     if codec in _PADDED_CODECS and end is not None and 0 < samples.shape[1] - end < longest_frame:
         samples = samples[:, :end]
     if samples.shape[1] > limit:
-        raise refuse(f"is too long ({float(Fraction(limit, rate)):.2f} s fit)", "a shorter track")
+        raise too_long
     if samples.shape[1] == 0:
         raise refuse(_SILENT)
     return AudioTrack(_levelled(samples, channels, refuse), rate)
