@@ -205,7 +205,7 @@ class Gemma:
         if not (folder / "tokenizer.json").is_file():
             raise ExportError(f"{folder / 'tokenizer.json'}: cannot be read: No such file")
         limit = tokenizer.get("model_max_length")
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
             raise ExportError(
                 f"{folder / 'tokenizer_config.json'}: model_max_length = {shown(limit)}; allowed: at least 1"
             )
