@@ -16,10 +16,10 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderK
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-from ltxrt.errors import ExportError
-from ltxrt.shapes import AUDIO_LATENTS_PER_SECOND, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
+from ltxrt.errors import ExportError
+from ltxrt.shapes import AUDIO_LATENTS_PER_SECOND, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from ltxrt_export.section import Section, refused
 from ltxrt_export.vae_blocks import video_vae_options
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ltxrt.errors import ExportError, shown
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ltxrt.errors import ExportError, shown
 from ltxrt_export import architecture, keys, vae_blocks
 from ltxrt_export.weights import TensorFile, TensorRef
 

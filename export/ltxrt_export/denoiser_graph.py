@@ -9,8 +9,8 @@ from onnx import GraphProto, ModelProto, helper
 from torch.export import Dim
 
 from .networks.denoiser import MODULATION_ROWS, DenoiseStep
-from .networks.spec import NetworkSpec, concrete
-from .onnx_export import TracedGraph, attach_weights, finished, name_axes, trace
+from .networks.spec import NetworkSpec, example_inputs
+from .onnx_export import Location, TracedGraph, attach_weights, beside, fake_mode, finished, name_axes, trace
 from .stitch import Stitcher
 
 __all__ = ["export_denoiser"]
@@ -20,7 +20,7 @@ _TABLES = [f"rope/{name}" for name in ("video_cos", "video_sin", "cross_cos", "c
 _BLOCK_INPUTS = ["video", "audio", "video_context", "audio_context", "token_row", *_MODULATION, *_TABLES]
 
 
-def export_denoiser(spec: NetworkSpec) -> ModelProto:
+def export_denoiser(spec: NetworkSpec, location: Location = beside) -> ModelProto:
     """The finished ONNX model of the denoiser: like ``export_model``, in seconds at any depth."""
     step = spec.module
     if not isinstance(step, DenoiseStep):
@@ -54,22 +54,19 @@ def export_denoiser(spec: NetworkSpec) -> ModelProto:
     )
     model = stitcher.model(_ports(spec))
     name_axes(model.graph, spec)
-    attach_weights(model, {name: spec.weights[name] for name in stitcher.weights})
+    attach_weights(model, {name: spec.weights[name] for name in stitcher.weights}, location)
     return finished(model, spec.name)
 
 
 def _traced_parts(spec: NetworkSpec, step: DenoiseStep) -> dict[str, TracedGraph]:
     """Every distinct part, traced on its own, with wires named as in this module's tables."""
-    sizes = {name: axis.example for name, axis in spec.axes.items()}
-    feeds = {
-        port.name: torch.zeros([concrete(entry, sizes) for entry in port.shape], dtype=getattr(torch, port.dtype))
-        for port in spec.inputs
-    }
-    feeds["sigma"] += 1
+    names = [port.name for port in spec.inputs]
+    with fake_mode(step):
+        feeds = dict(zip(names, example_inputs(spec), strict=True))
     dims = {name: Dim(name, min=2, max=axis.maximum) for name, axis in spec.axes.items()}
     tokens, audio_tokens = {1: dims["Nv"]}, {1: dims["Na"]}
     axes = [name for name in feeds if name.startswith("rope_")]
-    with torch.no_grad():
+    with torch.no_grad(), fake_mode(step):
         projected = step.pre(feeds["latent"], feeds["mask"], feeds["audio_tokens"], feeds["sigma"])
         tables = tuple(step.rope(*(feeds[name] for name in axes)))
     video, audio, embedded, *modulation = projected

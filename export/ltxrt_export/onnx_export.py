@@ -8,23 +8,23 @@ checkpoint's own names. Nothing here reads a weight, so a module of fake tensors
 
 import logging
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir
 import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch._guards import detect_fake_mode
 
 from .networks.spec import NetworkSpec, dynamic_shapes, example_inputs
 from .weights import TensorRef
 
-__all__ = ["OPSET", "TracedGraph", "attach_weights", "export_model", "trace"]
+__all__ = ["OPSET", "Location", "TracedGraph", "attach_weights", "beside", "export_model", "trace"]
 
 #: The first opset with Attention and RMSNormalization as single nodes.
 OPSET = 23
@@ -47,22 +47,33 @@ class TracedGraph:
     weights: frozenset[str]
 
 
-def export_model(spec: NetworkSpec) -> ModelProto:
+#: Where a weight file will lie, relative to the ``.onnx``.
+Location = Callable[[Path], str]
+
+
+def beside(path: Path) -> str:
+    """The default ``Location``: under its own name beside the graph."""
+    return path.name
+
+
+def export_model(spec: NetworkSpec, location: Location = beside) -> ModelProto:
     """The finished ONNX model of a network: ports named as in ``spec``, weights external.
 
     Initializers are named by checkpoint key and point into the file that holds them, by its bare name: that file
     must lie beside the ``.onnx``. A tensor stored in another dtype than the graph computes in is cast in the
     graph, once.
     """
+    with fake_mode(spec.module):
+        inputs = example_inputs(spec)
     traced = trace(
         spec.module,
-        example_inputs(spec),
+        inputs,
         dynamic_shapes(spec),
         ([port.name for port in spec.inputs], [port.name for port in spec.outputs]),
         constants=spec.constants,
     )
     name_axes(traced.model.graph, spec)
-    attach_weights(traced.model, {name: spec.weights[name] for name in traced.weights})
+    attach_weights(traced.model, {name: spec.weights[name] for name in traced.weights}, location)
     return finished(traced.model, spec.name)
 
 
@@ -83,7 +94,7 @@ def trace(
         names: Graph input and output names.
         constants: Values of non-persistent buffers, needed where the module holds fake tensors.
     """
-    with _quiet_exporter():
+    with _quiet_exporter(), fake_mode(module):
         exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
         program = torch.onnx.export(
             exported,
@@ -116,6 +127,11 @@ def trace(
     return TracedGraph(model, weights)
 
 
+def fake_mode(module: torch.nn.Module) -> AbstractContextManager[Any]:
+    """The mode under which the module's fake tensors can be used; does nothing for a real module."""
+    return detect_fake_mode(tuple(module.parameters())) or nullcontext()
+
+
 @contextmanager
 def _quiet_exporter() -> Generator[None]:
     """Silence what torch's exporter says on every call and nobody can act on."""
@@ -142,12 +158,13 @@ def name_axes(graph: GraphProto, spec: NetworkSpec) -> None:
             value.type.CopyFrom(helper.make_tensor_type_proto(element, port.shape))
 
 
-def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef]) -> None:
+def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef], location: Location = beside) -> None:
     """Turn weight inputs into initializers that point into their files.
 
     Args:
         model: Changed in place; every name in ``weights`` is one of its graph inputs.
         weights: Graph input name to stored tensor. Two names may share one stored tensor.
+        location: Where each weight file will lie, relative to the ``.onnx``.
     """
     graph = model.graph
     kept = [value for value in graph.input if value.name not in weights]
@@ -159,7 +176,7 @@ def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef]) -> None:
     for name in sorted(weights, key=lambda name: (weights[name].key, name)):
         ref = weights[name]
         if ref.key not in {tensor.name for tensor in graph.initializer}:
-            graph.initializer.append(_external(ref))
+            graph.initializer.append(_external(ref, location))
         if _ONNX_DTYPES[ref.dtype] == dtypes[name]:
             renamed[name] = ref.key
         else:
@@ -175,10 +192,10 @@ def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef]) -> None:
     graph.node.extend([*casts, *nodes])
 
 
-def _external(ref: TensorRef) -> TensorProto:
+def _external(ref: TensorRef, location: Location) -> TensorProto:
     tensor = TensorProto(name=ref.key, data_type=_ONNX_DTYPES[ref.dtype], dims=ref.shape)
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", ref.path.name), ("offset", ref.offset), ("length", ref.nbytes)):
+    for key, value in (("location", location(ref.path)), ("offset", ref.offset), ("length", ref.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
@@ -198,21 +215,7 @@ def finished(model: ModelProto, name: str) -> ModelProto:
     return model
 
 
-def stored_values(tensor: TensorRef) -> NDArray[Any]:
-    """The stored tensor as a NumPy array (bf16 and fp8 through ml_dtypes)."""
-    dtypes = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
-    dtype = np.dtype(dtypes.get(tensor.dtype) or helper.tensor_dtype_to_np_dtype(_ONNX_DTYPES[tensor.dtype]))
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return np.frombuffer(file.read(tensor.nbytes), dtype).reshape(tensor.shape)
-
-
 def constant_key(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
     """What makes two constants equal: dtype, shape, bytes."""
     array = numpy_helper.to_array(tensor)
     return tensor.data_type, tuple(tensor.dims), array.tobytes()
-
-
-def save(model: ModelProto, path: Any) -> None:
-    """Write the graph alone; its weights stay where they are."""
-    onnx.save_model(model, path)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxrt.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
-
 from ltxrt_export.section import Section, refused
 
 __all__ = ["BlockChain", "block_chains", "video_vae_options"]

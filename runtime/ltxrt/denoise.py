@@ -42,6 +42,7 @@ class DenoiseStage:
         engine: The denoiser.
         rope: The model's RoPE frequencies.
         shape: Latent grid.
+        channels: Width of a video token.
         rate: Frames a second.
         sigmas: Falling noise levels, the last one 0.
     """
@@ -50,6 +51,7 @@ class DenoiseStage:
     engine: Engine
     rope: RopeGrid
     shape: LatentShape
+    channels: int
     rate: Fraction
     sigmas: Sequence[float]
 
@@ -73,8 +75,8 @@ class DenoiseStage:
             yield DenoiseStep(index, len(pairs), sigma_next, latent)
 
     def _feeds(self, conditioning: Conditioning, initial: Floats | None, seed: int) -> dict[str, NDArray[np.generic]]:
-        tokens, channels = self.shape.tokens, conditioning.audio_tokens.shape[2]
-        start = np.zeros((1, tokens, channels), np.float32) if initial is None else initial
+        tokens = self.shape.tokens
+        start = np.zeros((1, tokens, self.channels), np.float32) if initial is None else initial
         clean, mask, row = start.copy(), np.ones((1, tokens, 1), np.float32), np.ones(tokens, np.int64)
         if conditioning.first_frames is not None:
             conditioned = slice(0, self.shape.tokens_per_frame)

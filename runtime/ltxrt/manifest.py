@@ -91,7 +91,7 @@ class ModelEntry(_Entry):
         semantics: Generation of the modulation rules (R1, R2 or R3).
         licence: Terms of the weights, in one line.
         context_tokens: Length of the text contexts and most tokens of a prompt.
-        latent_channels: Width of video and audio tokens.
+        latent_channels: Width of a video token.
         image_crf: x264 CRF that a first frame is compressed with before it is encoded; 0 is off.
         auto_pixels: Upper bound of the pixel budget of ``resolution: auto``; None leaves it to the preset.
         rope_max_position: Range of time (seconds), height and width (pixels) of the positions.

@@ -131,6 +131,7 @@ class Pipeline:
                 engine=engines.denoiser,
                 rope=self.bundle.rope,
                 shape=shape,
+                channels=self.bundle.manifest.model.latent_channels,
                 rate=plan.rate,
                 sigmas=sigmas,
             )

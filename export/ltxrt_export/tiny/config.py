@@ -9,9 +9,20 @@ streams have the same number of heads; the upsampler's width is a multiple of it
 
 from typing import Any
 
-__all__ = ["CONTEXT_TOKENS", "MODEL_VERSION", "checkpoint_config", "gemma_config", "upsampler_config"]
+__all__ = [
+    "AUTO_PIXELS",
+    "CONTEXT_TOKENS",
+    "LICENCE",
+    "MODEL_VERSION",
+    "checkpoint_config",
+    "gemma_config",
+    "upsampler_config",
+]
 
 MODEL_VERSION = "2.3.0"
+LICENCE = "Apache-2.0 (weights of the ltxrt project's own)"
+#: Pixel budget of ``resolution: auto``: 256x128 without an image, 192x192 for a square one.
+AUTO_PIXELS = 256 * 192
 
 #: Text tokens of a context; the registers are tiled twice over it (eight times in the 22B model).
 CONTEXT_TOKENS = 256

@@ -11,10 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from ltxrt.errors import ExportError
 from numpy.typing import NDArray
 from torch import nn
 
+from ltxrt.errors import ExportError
 from ltxrt_export import architecture, keys, vae_blocks
 from ltxrt_export.tiny.config import (
     CONTEXT_TOKENS,

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint to bundle: every network traced, checked against its torch class, and written with its manifest."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ltxrt.bundle import file_sha256
+from ltxrt.manifest import NETWORK_NAMES, Manifest, ModelEntry, StateEntry, StreamEntry
+from ltxrt.preset import PRESET_NAMES, load_preset
+
+from .bundle_writer import BundleWriter
+from .checkpoint import Checkpoint, Gemma, Upsampler
+from .denoiser_graph import export_denoiser
+from .networks import audio_encoder, denoiser, image_encoder, text_encoder, upsampler, video_decoder
+from .networks.denoiser import Semantics
+from .networks.spec import NetworkSpec
+from .onnx_export import export_model
+from .parity import ParityRow, check_network
+
+__all__ = ["ExportOptions", "ExportStep", "Sources", "export_bundle"]
+
+PRECISION = "fp32"
+#: CRF of the first frame's re-compression for models before 2.4 (ltx_pipelines/utils/constants.py).
+_IMAGE_CRF = 33
+_TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The three files of a model, opened and checked."""
+
+    checkpoint: Checkpoint
+    text_encoder: Gemma
+    upsampler: Upsampler
+
+    @classmethod
+    def open(cls, checkpoint: Path, text_encoder: Path, upsampler: Path) -> "Sources":
+        """Open the single file, the Gemma folder and the upsampler file.
+
+        Raises:
+            ExportError: One of them is missing, damaged, unknown, or does not fit the others.
+        """
+        sources = cls(Checkpoint.open(checkpoint), Gemma.open(text_encoder), Upsampler.open(upsampler))
+        sources.checkpoint.check_text_encoder(sources.text_encoder)
+        return sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What may be chosen.
+
+    Attributes:
+        semantics: Modulation rules.
+        auto_pixels: Upper bound of the pixel budget of ``resolution: auto``; None leaves it to the presets.
+        licence: Terms of the weights, in one line.
+        check: Run every graph against its torch class before it is kept.
+        overwrite: Replace a bundle that is there.
+    """
+
+    semantics: Semantics = Semantics.R3
+    auto_pixels: int | None = None
+    licence: str = "LTX-2 Community License; text encoder: Gemma Terms of Use"
+    check: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportStep:
+    """Progress: step ``index`` of ``total`` begins; ``rows`` are the parity figures of the one before, if any."""
+
+    index: int
+    total: int
+    description: str
+    rows: tuple[ParityRow, ...] = ()
+
+
+def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -> Iterator[ExportStep]:
+    """Export all networks into a bundle at ``destination``.
+
+    A generator: nothing runs until it is consumed, and closing it early leaves nothing behind.
+
+    Raises:
+        ExportError: A network cannot be exported or misses its parity limit.
+        OutputError: The bundle cannot be written.
+    """
+    total = len(NETWORK_NAMES) + 1
+    with BundleWriter(destination, overwrite=options.overwrite) as writer:
+        specs, stream = network_specs(sources, options.semantics)
+        keys: dict[str, str] = {}
+        rows: tuple[ParityRow, ...] = ()
+        for index, name in enumerate(NETWORK_NAMES):
+            yield ExportStep(index, total, name, rows)
+            spec = specs[name]
+            export = export_denoiser if name == "denoiser" else export_model
+            keys[name] = writer.add_network(spec, export(spec, writer.location), PRECISION)
+            writer.add_weights()
+            rows = tuple(check_network(sources, spec, writer.path_of(keys[name]))) if options.check else ()
+        yield ExportStep(len(NETWORK_NAMES), total, "manifest", rows)
+        writer.add_tokenizer(sources.text_encoder.tokenizer_path)
+        writer.add_tables(tables(sources))
+        _commit(writer, sources, options, keys, stream)
+    yield ExportStep(total, total, "done")
+
+
+def network_specs(sources: Sources, semantics: Semantics) -> tuple[Mapping[str, NetworkSpec], StreamEntry]:
+    """The six networks on fake tensors (no weight is read), and how the decoder streams."""
+    checkpoint, gemma = sources.checkpoint, sources.text_encoder
+    transformer, connectors = checkpoint.component("transformer"), checkpoint.component("connectors")
+    video_vae, audio_vae = checkpoint.component("video_vae"), checkpoint.component("audio_vae")
+    text_model, latent_upsampler = gemma.component(), sources.upsampler.component()
+    with FakeTensorMode():
+        vae: Any = video_vae.build().eval()
+        decoder_spec, layout = video_decoder.spec(vae, video_vae.weights)
+        specs = {
+            "text_encoder": text_encoder.spec(
+                text_model.build().eval(),  # type: ignore[arg-type]
+                connectors.build().eval(),  # type: ignore[arg-type]
+                (text_model.weights, connectors.weights),
+                gemma.context_length,
+            ),
+            "audio_encoder": audio_encoder.spec(audio_vae.build().eval(), audio_vae.weights, checkpoint.config),
+            "image_encoder": image_encoder.spec(vae, video_vae.weights),
+            "denoiser": denoiser.spec(
+                transformer.build().eval(),  # type: ignore[arg-type]
+                transformer.weights,
+                semantics,
+                gemma.context_length,
+            ),
+            "upsampler": upsampler.spec(
+                latent_upsampler.build().eval(), vae, latent_upsampler.weights, video_vae.weights
+            ),
+            "video_decoder": decoder_spec,
+        }
+    states = tuple(
+        StateEntry(name=state.name, channels=state.channels, spatial_scale=state.space_scale) for state in layout.states
+    )
+    return specs, StreamEntry(states=states, first_chunk_latents=layout.minimum_first_latents)
+
+
+def tables(sources: Sources) -> dict[str, NDArray[Any]]:
+    """``tables.npz``: RoPE frequencies, distilled schedules, latent statistics.
+
+    The frequency grid is fp64, rounded once
+    (Lightricks/LTX-2 packages/ltx-core/src/ltx_core/model/transformer/rope.py).
+    """
+    config = sources.checkpoint.config["transformer"]
+    theta = float(config["positional_embedding_theta"])
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cross = int(config["audio_cross_attention_dim"])
+    full = load_preset("high")
+    statistics = sources.checkpoint.component("video_vae").load().state_dict()
+    return {
+        "rope_video": _frequencies(theta, width // 6),
+        "rope_cross": _frequencies(theta, cross // 2),
+        "sigmas_stage_1": np.array(full.stage_1_sigmas),
+        "sigmas_stage_2": np.array(full.stage_2_sigmas),
+        "latents_mean": statistics["latents_mean"].numpy(),
+        "latents_std": statistics["latents_std"].numpy(),
+    }
+
+
+def _frequencies(theta: float, count: int) -> NDArray[np.float32]:
+    return (theta ** np.linspace(0.0, 1.0, count) * np.pi / 2.0).astype(np.float32)
+
+
+def _commit(
+    writer: BundleWriter, sources: Sources, options: ExportOptions, keys: Mapping[str, str], stream: StreamEntry
+) -> Manifest:
+    checkpoint = sources.checkpoint
+    transformer = checkpoint.config["transformer"]
+    seconds, height, width = transformer["positional_embedding_max_pos"]
+    model = ModelEntry(
+        name=checkpoint.name,
+        version=checkpoint.version,
+        checkpoint_sha256=file_sha256(checkpoint.path),
+        semantics=options.semantics.value,
+        licence=options.licence,
+        context_tokens=sources.text_encoder.context_length,
+        latent_channels=int(transformer["in_channels"]),
+        image_crf=_IMAGE_CRF,
+        auto_pixels=options.auto_pixels,
+        rope_max_position=(float(seconds), float(height), float(width)),
+        stream=stream,
+    )
+    # One precision so far: every preset runs the same networks and differs in schedule and encoder.
+    presets = {preset: dict(keys) for preset in PRESET_NAMES}
+    return writer.commit(model, presets, {name: metadata.version(name) for name in _TOOLS})
