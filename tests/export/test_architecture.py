@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ltxrt.errors import ExportError
-from ltxrt_export import architecture
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ltxrt.errors import ExportError
+from ltxrt_export import architecture
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED: dict[str, Any] = json.loads((DATA / "ltx-2.3-22b.json").read_text())

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from ltxrt.errors import ExportError
 from ltxrt_export import architecture
 from ltxrt_export.checkpoint import Checkpoint, Component, Gemma, Upsampler
 from ltxrt_export.tiny.write import TinyPaths, write_tiny
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 NAMES = ("transformer", "connectors", "video_vae", "audio_vae")
 DIT = "model.diffusion_model."

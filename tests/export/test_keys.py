@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ltxrt_export import architecture, keys, vae_blocks
 
 DATA = Path(__file__).parent / "data"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from ltxrt.errors import ExportError
 from ltxrt_export.section import Section
 

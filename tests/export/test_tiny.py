@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from ltxrt.errors import ExportError
 from ltxrt_export.checkpoint import Checkpoint, Gemma, Upsampler
 from ltxrt_export.tiny.config import checkpoint_config
@@ -19,8 +22,6 @@ from ltxrt_export.tiny.corpus import prompts
 from ltxrt_export.tiny.tokenizer import VOCABULARY, tokenizer_json
 from ltxrt_export.tiny.weights import random_tensor
 from ltxrt_export.tiny.write import TinyPaths, write_safetensors, write_tiny
-from tokenizers import Tokenizer
-from torch import Tensor
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "ltx-2.3-22b.json").read_text())
 

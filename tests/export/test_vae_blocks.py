@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ltxrt.errors import ExportError
 from ltxrt_export.vae_blocks import block_chains, video_vae_options
 

@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
 from ltxrt_kernels.rgb_to_yuv420.reference import generate_inputs, rgb_to_yuv420
 
 # 8-bit limited-range BT.709 colour bars (100 %), as printed in broadcast test-signal tables.

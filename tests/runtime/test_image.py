@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageFile
+
 from ltxrt.errors import EngineError, MediaError
 from ltxrt.image import aspect_ratio, first_frame, read_image
-from PIL import Image, ImageCms, ImageFile
 
 HEIGHT, WIDTH = 20, 28
 

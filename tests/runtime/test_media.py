@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
 from ltxrt import media
 from ltxrt.errors import MediaError
 from ltxrt.media import AudioTrack, bundled_speech, conditioning_waveform, fit, for_output, read_audio
-from PIL import Image
 
 # One frame of the codec that pads most: MP3 at low rates, after its encoder delay.
 LOSSY_FRAME = 1152

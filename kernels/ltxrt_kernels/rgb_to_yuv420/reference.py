@@ -16,9 +16,7 @@ def rgb_to_yuv420(rgb: NDArray[np.floating]) -> NDArray[np.uint8]:
         ValueError: Not four axes with three channels, H not a multiple of 4 or W not of 2.
     """
     if rgb.ndim != 4 or rgb.shape[1] != 3 or rgb.shape[2] % 4 or rgb.shape[3] % 2:
-        raise ValueError(
-            f"rgb has shape {rgb.shape}; allowed: [T, 3, H, W] with H a multiple of 4 and W of 2"
-        )
+        raise ValueError(f"rgb has shape {rgb.shape}; allowed: [T, 3, H, W] with H a multiple of 4 and W of 2")
     frames, _, height, width = rgb.shape
     unit = np.clip((rgb.astype(np.float64) + 1) / 2, 0, 1)
     blocks = unit.reshape(frames, 3, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
