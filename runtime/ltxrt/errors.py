@@ -14,6 +14,8 @@ Exit code 0 is success, 2 a command line that does not parse, 130 an interruptio
 Every message is one line: what was wrong, the value that arrived, and what is allowed.
 """
 
+from typing import Any
+
 __all__ = [
     "BundleError",
     "EngineError",
@@ -24,6 +26,8 @@ __all__ = [
     "RequestError",
     "VerificationError",
 ]
+
+_LONGEST_NAME = 60
 
 
 class LtxrtError(Exception):
@@ -47,7 +51,11 @@ class RequestError(LtxrtError, ValueError):
         self.field = field
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{field}: {shown(value)} is not allowed; allowed: {allowed}")
+        super().__init__(f"{_name(field)}: {shown(value)} is not allowed; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled as its message alone, which is not what this one is made of.
+        return type(self), (self.field, self.value, self.allowed)
 
 
 class MediaError(RequestError):
@@ -58,7 +66,10 @@ class MediaError(RequestError):
     def __init__(self, field: str, value: object, problem: str, allowed: str) -> None:
         super().__init__(field, value, allowed)
         self.problem = problem
-        self.args = (f"{field}: {shown(value)} {problem}; allowed: {allowed}",)
+        self.args = (f"{_name(field)}: {shown(value)} {problem}; allowed: {allowed}",)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.problem, self.allowed)
 
 
 class BundleError(LtxrtError):
@@ -93,5 +104,14 @@ class ExportError(LtxrtError):
 
 def shown(value: object, limit: int = 120) -> str:
     """A value as an error message shows it: quoted, on one line, cut at ``limit`` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        text = f"{type(value).__name__} too long to write"
+    text = " ".join(line.strip() for line in text.splitlines())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _name(field: str) -> str:
+    """A field's name in a message; an unknown field is the caller's text and may hold anything."""
+    return field if field.isprintable() and len(field) <= _LONGEST_NAME else shown(field, _LONGEST_NAME)
