@@ -5,8 +5,10 @@ The same names, defaults and ranges are the command line's flags and the HTTP bo
 (``Request.model_json_schema()``).
 """
 
+import os
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -57,13 +59,33 @@ _ALLOWED = {
 }
 
 
+def _number(value: Any) -> Any:
+    """Any number (NumPy's too), but neither text nor a truth value, which pydantic would read as one."""
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("not a number")
+    return value
+
+
+def _path(value: Any) -> Any:
+    """A path object as the string that it stands for; everything else as it came."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+# Constraints stand before these validators: after one they would not reach the JSON schema.
+_NUMBER = BeforeValidator(_number)
+Text = Annotated[str, Field(strict=True)]
+FilePath = Annotated[str, Field(strict=True, min_length=1), BeforeValidator(_path)]
+Switch = Annotated[bool, Field(strict=True)]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=CANVAS_MULTIPLE), _NUMBER]
+
+
 class Size(BaseModel):
     """A free size in pixels; both sides are multiples of 64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=CANVAS_MULTIPLE)]
-    height: Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=CANVAS_MULTIPLE)]
+    width: Side
+    height: Side
 
 
 def _written_size(value: Any) -> Any:
@@ -79,20 +101,26 @@ def _random_seed(value: Any) -> Any:
 class Request(BaseModel):
     """One clip to make. Immutable; every field is checked at construction.
 
+    Paths may be path objects and numbers any of Python's or NumPy's; text and truth values are never read as
+    numbers, nor numbers as truth values. Call the constructor: pydantic's ``model_validate`` gives a refusal
+    as its own ``ValidationError``.
+
     Raises:
         RequestError: A field is missing, unknown or out of range; it names the field, the value and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra={"description": "One clip to make."}
+    )
 
-    prompt: Annotated[str, Field(max_length=10_000, pattern=r"\S", description="What the audio-driven video shows.")]
-    input_audio: Annotated[str, Field(min_length=1, description="The audio track that drives generation.")]
-    input_image: Annotated[str | None, Field(min_length=1, description="First frame of the video.")] = None
+    prompt: Annotated[Text, Field(max_length=10_000, pattern=r"\S", description="What the audio-driven video shows.")]
+    input_audio: Annotated[FilePath, Field(description="The audio track that drives generation.")]
+    input_image: Annotated[FilePath | None, Field(description="First frame of the video.")] = None
     match_audio_length: Annotated[
-        bool, Field(description="Frames follow from audio duration and frame rate; off: num_frames.")
+        Switch, Field(description="Frames follow from audio duration and frame rate; off: num_frames.")
     ] = True
     num_frames: Annotated[
-        int, Field(ge=9, le=MAX_FRAMES, description="Length in frames where match_audio_length is off.")
+        int, Field(ge=9, le=MAX_FRAMES, description="Length in frames where match_audio_length is off."), _NUMBER
     ] = 121
     resolution: Annotated[
         Literal["auto", "square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3", "landscape_16_9"]
@@ -100,26 +128,26 @@ class Request(BaseModel):
         BeforeValidator(_written_size),
         Field(description="Final size; auto matches the image's aspect ratio, without an image landscape."),
     ] = "auto"
-    frames_per_second: Annotated[float, Field(ge=1, le=60, description="Frame rate.")] = 24.0
+    frames_per_second: Annotated[float, Field(ge=1, le=60, description="Frame rate."), _NUMBER] = 24.0
     image_strength: Annotated[
-        float, Field(ge=0, le=1, description="1 keeps the first frame strictly, lower gives more freedom.")
+        float, Field(ge=0, le=1, description="1 keeps the first frame strictly, lower gives more freedom."), _NUMBER
     ] = 0.7
-    generate_audio: Annotated[bool, Field(description="Off: the MP4 has no audio track.")] = True
+    generate_audio: Annotated[Switch, Field(description="Off: the MP4 has no audio track.")] = True
     video_quality: Annotated[Literal["low", "medium", "high", "maximum"], Field(description="Quality preset.")] = "high"
-    negative_prompt: Annotated[str, Field(max_length=10_000, description="What to steer away from.")] = (
+    negative_prompt: Annotated[Text, Field(max_length=10_000, description="What to steer away from.")] = (
         DEFAULT_NEGATIVE_PROMPT
     )
     seed: Annotated[
-        int | None,
+        Annotated[int, Field(ge=0, le=MAX_SEED), _NUMBER] | None,
         BeforeValidator(_random_seed),
-        Field(ge=0, le=MAX_SEED, description="For reproducibility; the seed used is always reported."),
+        Field(description="For reproducibility; the seed used is always reported."),
     ] = None
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise request_error(error) from None
+            raise request_error(error, fields) from None
 
     @property
     def preset_name(self) -> str:
@@ -131,12 +159,9 @@ class Request(BaseModel):
         return secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed
 
 
-def request_error(error: ValidationError) -> RequestError:
-    """The first finding of a pydantic error in ltxrt's words."""
-    finding = error.errors(include_url=False)[0]
-    field = str(finding["loc"][0]) if finding["loc"] else "request"
-    if finding["type"] == "extra_forbidden" and field not in Request.model_fields:
-        return RequestError(field, finding["input"], f"only the fields {', '.join(Request.model_fields)}")
-    if finding["type"] == "missing":
-        return RequestError(field, None, _ALLOWED.get(field, "a value"))
-    return RequestError(field, finding["input"], _ALLOWED.get(field, str(finding["msg"])))
+def request_error(error: ValidationError, fields: Mapping[str, Any]) -> RequestError:
+    """The first finding of a pydantic error in ltxrt's words, with the field's value as the caller gave it."""
+    field = str(error.errors(include_url=False)[0]["loc"][0])
+    if field not in Request.model_fields:
+        return RequestError(field, fields[field], f"only the fields {', '.join(Request.model_fields)}")
+    return RequestError(field, fields.get(field), _ALLOWED[field])
