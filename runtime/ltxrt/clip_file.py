@@ -19,10 +19,13 @@ from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
 
 from .errors import MediaError, OutputError, VerificationError
-from .mux import MAX_TIMESCALE, STORED_TAGS
+from .mux import STORED_TAGS
 from .readback import ClipReport, Expectation, check_clip, require
 
 __all__ = ["ClipFile", "check_destination", "faststart"]
+
+#: Largest movie time scale that FFmpeg takes.
+_MAX_TIMESCALE = 2**31 - 1
 
 
 class ClipFile:
@@ -173,10 +176,13 @@ def _copy(reader: InputContainer, writer: OutputContainer) -> None:
 
 
 def _common_timescale(reader: InputContainer) -> int:
-    """Ticks per second in which every track's times are whole, the first track's where that is too many."""
+    """Ticks per second in which every track's times are whole, so that no duration is rounded.
+
+    Where that needs more than 31 bits the first track's serve, and the other's end rounds to one of them.
+    """
     scales = [stream.time_base.denominator for stream in reader.streams if stream.time_base is not None]
     common = math.lcm(*scales)
-    return common if common <= MAX_TIMESCALE else scales[0]
+    return common if common <= _MAX_TIMESCALE else scales[0]
 
 
 def _beside(destination: Path, state: str) -> Path:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""H.264 and AAC into fragmented MP4 while the frames still arrive, then into a faststart file.
+"""Frames and sound into the bytes of a fragmented MP4 (H.264, AAC) that plays while later frames still arrive.
 
 Every ``write`` gives one whole fragment, so the first frames can play before the second chunk is decoded.
 FFmpeg ends a fragment only when the next one's first packet arrives, or at the trailer, and PyAV cannot
 flush in between. So each fragment is a short FFmpeg mux of its own, whose trailer closes it, and the repeated
-header is dropped: what FFmpeg's own segmenters do. The header (delayed until the first packets are known)
+header is dropped. The header (delayed until the first packets are known)
 carries the edit list that hides the AAC encoder's 1024 priming samples, so that sound starts at exactly 0.
 
-B-frames are off: they would shift the video's start for readers that ignore edit lists in fragments, and
-hold frames back. Bytes are reproducible: neither dates nor the machine's core count enter the file.
+x264's zero-latency tuning gives every frame back at once. It also turns B-frames off, which would shift the
+video's start for readers that ignore edit lists in fragments. Bytes are reproducible: neither dates nor the
+machine's core count enter the file.
 """
 
 import io
-import math
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -38,12 +38,10 @@ from .readback import AAC_FRAME_SAMPLES, AI_DISCLOSURE
 
 __all__ = [
     "AI_DISCLOSURE",
-    "MAX_TIMESCALE",
     "STORED_TAGS",
     "TAG_NAMES",
     "FragmentMuxer",
     "MuxOptions",
-    "movie_timescale",
 ]
 
 #: Tags that a caller may set; ``comment`` and ``description`` are ours and carry the AI disclosure.
@@ -52,14 +50,10 @@ TAG_NAMES = ("artist", "copyright", "date", "model", "synopsis", "title")
 STORED_TAGS = ("artist", "comment", "copyright", "date", "description", "synopsis", "title")
 
 # x264 cuts a frame into one slice per thread, so the count reaches the bytes: fixed, never the machine's own.
-# 8 slices cost 0.3 % of the size at 1280x720 (CRF 19, veryfast); below 512 rows x264 itself takes fewer.
+# 8 slices cost 0.8 % of the size at 1280x720 (CRF 19, veryfast); below 512 rows x264 itself takes fewer.
 _VIDEO_THREADS = 8
 _KEYFRAME_SECONDS = 2
-#: AAC-LC holds at most this many bits per frame and channel (ISO/IEC 14496-3).
-_AAC_FRAME_BITS = 6144
-#: Largest time scale that FFmpeg takes.
-MAX_TIMESCALE = 2**31 - 1
-_VIDEO_INDEX, _AUDIO_INDEX = 0, 1
+_AUDIO_INDEX = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +117,6 @@ class FragmentMuxer:
         self._options = options
         self._fragments = 0
         self._closed = False
-        self._timescale = movie_timescale(options.frame_rate, None if audio is None else audio.sample_rate)
         # The first fragment's container also owns the encoders, which outlive its trailer.
         self._buffer, self._container = self._open_container()
         self._container.metadata.update(_tags(options.tags))
@@ -141,7 +134,7 @@ class FragmentMuxer:
     def encode_audio(self) -> None:
         """Encode the whole sound now rather than piece by piece in ``write``.
 
-        Optional. It takes about 40 ms per second of stereo on one core, and the sound is known before the first
+        Optional. It takes 15 to 40 ms per second of sound on one core, and the sound is known before the first
         frame is: called while the device is busy, it takes that time out of the way of the first fragment.
 
         Raises:
@@ -223,9 +216,7 @@ class FragmentMuxer:
             if self._audio is not None:
                 container.add_stream_from_template(self._audio.stream)
         for packet in packets:
-            if packet.stream_index == _VIDEO_INDEX:
-                packet.duration = 1  # in 1 / frame rate; the last frame's length is known from here alone
-            elif self._fragments and self._audio is not None:
+            if self._fragments and self._audio is not None and packet.stream_index == _AUDIO_INDEX:
                 self._audio.to_media_time(packet)
             container.mux_one(packet)
         container.close()
@@ -236,11 +227,7 @@ class FragmentMuxer:
         flags = "frag_custom+delay_moov+default_base_moof+skip_trailer"
         if self._fragments:
             flags += "+frag_discont"  # keep the time stamps, which do not start at 0
-        options = {
-            "movflags": flags,
-            "fragment_index": str(self._fragments + 1),
-            "movie_timescale": str(self._timescale),
-        }
+        options = {"movflags": flags, "fragment_index": str(self._fragments + 1)}
         buffer = io.BytesIO()
         return buffer, av.open(buffer, "w", format="mp4", options=options)
 
@@ -273,10 +260,9 @@ class _AudioFeed:
         self._priming = 0
         self._flushed = False
         self._ready: deque[Packet] = deque()
-        most = _AAC_FRAME_BITS * channels * audio.sample_rate // AAC_FRAME_SAMPLES
         self.stream: AudioStream = container.add_stream("aac", rate=audio.sample_rate)
         self.stream.codec_context.layout = self._layout
-        self.stream.codec_context.bit_rate = min(bitrate, most)
+        self.stream.codec_context.bit_rate = bitrate  # FFmpeg lowers what the format cannot hold
 
     def until(self, end_seconds: Fraction | None) -> list[Packet]:
         """The next packets, up to the first that reaches ``end_seconds``; all that are left for None."""
@@ -313,21 +299,9 @@ class _AudioFeed:
             self._fed += block.shape[1]
         self._flushed = frame is None
         for packet in self.stream.encode(frame):
-            start = packet.pts or 0
-            if start < 0:  # the first one
-                self._priming = -start
-            # The last one ends where the sound does.
-            packet.duration = min(AAC_FRAME_SAMPLES, self._samples.shape[1] - start)
+            if packet.pts is not None and packet.pts < 0:  # the first one
+                self._priming = -packet.pts
             self._ready.append(packet)
-
-
-def movie_timescale(frame_rate: Fraction, sample_rate: int | None) -> int:
-    """Ticks per second in which both a frame and a sample are whole numbers, so that no duration is rounded.
-
-    Where that exceeds 31 bits, video alone is whole and the audio's end rounds to a tick.
-    """
-    both = frame_rate.numerator if sample_rate is None else math.lcm(frame_rate.numerator, sample_rate)
-    return both if both <= MAX_TIMESCALE else frame_rate.numerator
 
 
 def _video_stream(container: OutputContainer, options: MuxOptions) -> VideoStream:
@@ -340,7 +314,6 @@ def _video_stream(container: OutputContainer, options: MuxOptions) -> VideoStrea
             "crf": str(options.crf),
             "tune": "zerolatency",
             "profile": "high",
-            "bf": "0",
             "g": str(keyframe_interval),
             # Chroma is averaged over 2x2 luma samples, so it sits in their centre, not on H.264's default left.
             "x264-params": "chromaloc=1",

@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from ltxrt.clip_file import ClipFile, check_destination, faststart
 from ltxrt.errors import OutputError, VerificationError
 from ltxrt.media import AudioTrack
@@ -94,6 +95,36 @@ def test_the_remux_keeps_every_packet_tag_and_the_edit_list(tmp_path: Path, frag
     assert audio.declared_duration == audio.media_duration == 48_000 + 1024
     assert video.colour == (1, 1, 1, False)
     assert files(tmp_path) == ["clip.mp4", "stream.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "samples", "ticks"),
+    [
+        (Fraction(25), 44_100, 12_800 * 441),
+        (Fraction(24_000, 1001), 48_048, 24_000 * 147),
+        (Fraction(59_999, 1001), 18_394, 59_999),  # a common scale would need 32 bits
+    ],
+    ids=str,
+)
+def test_the_movie_time_scale_rounds_no_end(tmp_path: Path, rate: Fraction, samples: int, ticks: int) -> None:
+    options = MuxOptions(
+        width=64, height=64, frame_rate=rate, crf=23, x264_preset="superfast", audio_bitrate=96_000, tags={}
+    )
+    track = AudioTrack(np.zeros((1, samples), np.float32), 44_100)
+    count = round(samples * rate / 44_100)
+    with FragmentMuxer(options, track) as muxer, ClipFile(tmp_path / "clip.mp4") as clip:
+        clip.append(muxer.write(np.full((count, 96, 64), 90, np.uint8)))
+        clip.append(muxer.finish())
+        report = clip.commit()
+    boxes = read_boxes(tmp_path / "clip.mp4")
+    assert boxes.timescale == ticks
+    assert report.audio_samples == samples
+    assert report.video_duration_seconds == count / rate
+    assert (
+        0
+        <= Fraction(boxes.declared_duration, ticks) - max(Fraction(samples, 44_100), count / rate)
+        < Fraction(1, ticks)
+    )
 
 
 def test_leaving_early_leaves_nothing(tmp_path: Path, fragments: list[bytes]) -> None:

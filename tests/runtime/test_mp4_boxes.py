@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ltxrt.errors import MediaError
 from ltxrt.mp4_boxes import BoxSpan, MovieBoxes, read_boxes, top_level_boxes
 

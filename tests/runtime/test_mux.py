@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from ltxrt.clip_file import ClipFile, faststart
 from ltxrt.errors import OutputError
 from ltxrt.media import AudioTrack
 from ltxrt.mp4_boxes import read_boxes, top_level_boxes
-from ltxrt.mux import AI_DISCLOSURE, FragmentMuxer, MuxOptions, movie_timescale
+from ltxrt.mux import AI_DISCLOSURE, FragmentMuxer, MuxOptions
 from ltxrt.readback import Expectation
 from ltxrt.shapes import frame_rate, samples_for_frames
-from numpy.typing import NDArray
 
 RATES = (1, 12.5, 23.976, 24, 25, 29.97, 30, 59.94, 60, 7.3)
 AUDIO = (None, (44_100, 1), (44_100, 2), (48_000, 1), (48_000, 2))
@@ -130,32 +131,6 @@ def test_a_long_clip_at_an_ntsc_rate_is_exact(tmp_path: Path) -> None:
     assert audio.media_duration - audio.edits[0].media_time == samples_for_frames(121, rate, 44_100)
     assert video.contiguous
     assert audio.contiguous
-
-
-def test_a_time_scale_beyond_31_bits_falls_back_to_the_frame_rate(tmp_path: Path) -> None:
-    rate = Fraction(59_999, 1001)
-    assert movie_timescale(rate, 48_000) == 59_999
-    samples = samples_for_frames(25, rate, 48_000)
-    with ClipFile(tmp_path / "clip.mp4") as clip:
-        for fragment in fragments(FragmentMuxer(options(rate), sound(samples, 48_000, 2)), pictures(25)):
-            clip.append(fragment)
-        report = clip.commit(
-            Expectation(frames=25, frame_rate=rate, width=64, height=64, audio_samples=samples, audio_rate=48_000)
-        )
-    assert report.video_duration_seconds == 25 / rate
-
-
-@pytest.mark.parametrize(
-    ("rate", "sample_rate", "ticks"),
-    [
-        (Fraction(24_000, 1001), 48_000, 48_000),
-        (Fraction(30_000, 1001), 44_100, 4_410_000),
-        (Fraction(25), 44_100, 44_100),
-        (Fraction(25), None, 25),
-    ],
-)
-def test_the_movie_time_scale_holds_frames_and_samples(rate: Fraction, sample_rate: int | None, ticks: int) -> None:
-    assert movie_timescale(rate, sample_rate) == ticks
 
 
 @pytest.mark.parametrize("audio", [None, sound(50_000, 48_000, 2)], ids=["silent", "sound"])

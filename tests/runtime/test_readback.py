@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from av.packet import Packet
+
 from ltxrt.clip_file import faststart
 from ltxrt.errors import MediaError, VerificationError
 from ltxrt.media import AudioTrack
