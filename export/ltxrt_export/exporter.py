@@ -125,7 +125,11 @@ def network_specs(sources: Sources, semantics: Semantics) -> tuple[Mapping[str, 
                 (text_model.weights, connectors.weights),
                 gemma.context_length,
             ),
-            "audio_encoder": audio_encoder.spec(audio_vae.build().eval(), audio_vae.weights, checkpoint.config),
+            "audio_encoder": audio_encoder.spec(
+                audio_vae.build().eval(),  # type: ignore[arg-type]
+                audio_vae.weights,
+                checkpoint.config,
+            ),
             "image_encoder": image_encoder.spec(vae, video_vae.weights),
             "denoiser": denoiser.spec(
                 transformer.build().eval(),  # type: ignore[arg-type]
@@ -134,7 +138,10 @@ def network_specs(sources: Sources, semantics: Semantics) -> tuple[Mapping[str, 
                 gemma.context_length,
             ),
             "upsampler": upsampler.spec(
-                latent_upsampler.build().eval(), vae, latent_upsampler.weights, video_vae.weights
+                latent_upsampler.build().eval(),  # type: ignore[arg-type]
+                vae,
+                latent_upsampler.weights,
+                video_vae.weights,
             ),
             "video_decoder": decoder_spec,
         }

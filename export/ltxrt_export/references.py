@@ -146,8 +146,7 @@ def _image_encoder(sources: ModelSources, spec: NetworkSpec) -> Reference:
         latent = _normalised(vae, moments[:, : vae.latents_mean.shape[0]])
         return {"image_tokens": latent.flatten(2).transpose(1, 2).numpy()}
 
-    symbols = list(spec.axes)
-    sizes = [dict.fromkeys(symbols, 1), {symbol: 4 + index for index, symbol in enumerate(symbols)}]
+    sizes = [{"h": 1, "w": 1}, {"h": 4, "w": 5}]
     return Reference(sizes, lambda sizes, seed: random_feeds(spec, sizes, seed), outputs)
 
 
@@ -159,7 +158,7 @@ def _upsampler(sources: ModelSources, spec: NetworkSpec) -> Reference:
         upsampled = model(_unnormalised(vae, torch.from_numpy(feeds["latent"])))
         return {spec.outputs[0].name: _normalised(vae, upsampled).numpy()}
 
-    sizes = [{"f": 2, "h": 1, "w": 1}, {"f": 5, "h": 3, "w": 4}]
+    sizes = [{"f": 2, "h": 1, "w": 1}, {"f": 5, "h": 3, "w": 7}]
     return Reference(sizes, lambda sizes, seed: random_feeds(spec, sizes, seed), outputs)
 
 

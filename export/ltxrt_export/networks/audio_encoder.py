@@ -28,6 +28,8 @@ from .spec import Axis, NetworkSpec, Port
 __all__ = ["AudioEncoder", "LogMel", "MelSettings", "mel_filters", "spec"]
 
 LOG_FLOOR = 1e-5
+#: Spectrogram frames a token: two convolutions of stride 2.
+TOKEN_HOPS = 4
 
 # The Slaney scale: linear to 1 kHz, 15 mels there, then 27 mels for every factor of 6.4.
 _HZ_PER_MEL = 200.0 / 3
@@ -62,11 +64,11 @@ class MelSettings:
         """Refuse what the arithmetic does not cover.
 
         Raises:
-            ExportError: An odd DFT length, a window longer than it, or edges beyond half the sampling rate.
+            ExportError: A DFT length that has no quarter turn, a window longer than it, or edges beyond half the sampling rate.
         """
         length, window = self.filter_length, self.win_length
-        if length < 2 or length % 2:
-            raise ExportError(f"audio config: filter_length {length}; allowed: even numbers from 2")
+        if length < 4 or length % 4:
+            raise ExportError(f"audio config: filter_length {length}; allowed: multiples of 4")
         if not 0 < window <= length:
             raise ExportError(f"audio config: win_length {window}; allowed: 1 to filter_length ({length})")
         if not 0 <= self.mel_fmin < self.mel_fmax <= self.sampling_rate / 2:
@@ -75,10 +77,20 @@ class MelSettings:
                 f"allowed: 0 <= mel_fmin < mel_fmax <= {self.sampling_rate / 2:g}"
             )
 
-    @property
-    def minimum_samples(self) -> int:
-        """The shortest waveform: the reflection needs one sample more than it mirrors."""
-        return self.filter_length // 2 + 1
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> "MelSettings":
+        """Read the settings from a checkpoint's ``config`` (its section ``audio_vae``)."""
+        audio = config["audio_vae"]
+        stft, mel = audio["preprocessing"]["stft"], audio["preprocessing"]["mel"]
+        return cls(
+            sampling_rate=int(audio["model"]["params"]["sampling_rate"]),
+            filter_length=int(stft["filter_length"]),
+            win_length=int(stft["win_length"]),
+            hop_length=int(stft["hop_length"]),
+            n_mel_channels=int(mel["n_mel_channels"]),
+            mel_fmin=float(mel["mel_fmin"]),
+            mel_fmax=float(mel["mel_fmax"]),
+        )
 
     def constants(self) -> dict[str, NDArray[np.float32]]:
         """The tables of ``LogMel``, by buffer name."""
@@ -138,10 +150,10 @@ class LogMel(nn.Module):
         """Windowed cosines, then sines, of frequencies 0 to N/2: [N + 2, 1, N]. Integer phases are exact."""
         frequencies = torch.arange(self.length // 2 + 1).unsqueeze(1)
         phase = frequencies * torch.arange(self.length) % self.length
-        # A sine is the cosine a quarter turn earlier; magnitudes do not care about its sign.
-        quarter = (phase + self.length // 4) % self.length
-        rows = self.cosine[torch.cat([phase, quarter])]
-        return (rows * self.window).unsqueeze(1)
+        # A sine is a cosine a quarter turn on; its sign does not matter to the magnitude.
+        phases = torch.cat([phase, (phase + self.length // 4) % self.length])
+        rows = self.cosine.index_select(0, phases.flatten()).view(-1, 1, self.length)
+        return rows * self.window
 
 
 class AudioEncoder(nn.Module):
@@ -173,20 +185,25 @@ class AudioEncoder(nn.Module):
         self.register_buffer("latents_std", vae.latents_std)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """Encode ``waveform[1, 2, samples]`` to tokens [1, (samples // hop) // 4 + 1, 128], index c*16 + mel."""
+        """Encode ``waveform[1, 2, samples]`` to tokens [1, samples // hop // 4 + 1, 128], index c*16 + mel."""
         mean = self.encoder(self.log_mel(waveform))[:, : self.encoder.latent_channels]
         return (mean.transpose(1, 2).flatten(2) - self.latents_mean) / self.latents_std
 
 
-def spec(vae: AutoencoderKLLTX2Audio, settings: MelSettings, weights: Mapping[str, TensorRef]) -> NetworkSpec:
-    """The ``audio_encoder`` network, for sound of up to 481 s.
+def spec(vae: AutoencoderKLLTX2Audio, weights: Mapping[str, TensorRef], config: Mapping[str, Any]) -> NetworkSpec:
+    """The ``audio_encoder`` network, for sound of 40 ms to 481 s (481 frames at 1 a second).
 
     Args:
         vae: In eval mode; real or fake tensors.
-        settings: From the checkpoint's audio config.
         weights: Stored tensors by the VAE's parameter names; those of the decoder are not used.
+        config: The checkpoint's own, for the spectrogram.
+
+    Raises:
+        ExportError: As ``MelSettings`` and ``AudioEncoder``.
     """
+    settings = MelSettings.of_checkpoint(config)
     module = AudioEncoder(vae, settings).eval()
+    token = TOKEN_HOPS * settings.hop_length
     longest = 481 * settings.sampling_rate
     constants: dict[str, NDArray[Any]] = {f"log_mel.{name}": table for name, table in settings.constants().items()}
     return NetworkSpec(
@@ -195,8 +212,9 @@ def spec(vae: AutoencoderKLLTX2Audio, settings: MelSettings, weights: Mapping[st
         inputs=(Port("waveform", "float32", (1, vae.encoder.in_channels, "samples")),),
         outputs=(Port("audio_tokens", "float32", (1, "tokens", module.latents_mean.shape[0])),),
         axes={
-            "samples": Axis(settings.minimum_samples, longest, settings.sampling_rate),
-            "tokens": Axis(1, longest // settings.hop_length // 4 + 1, 26),
+            # The reflection needs filter_length // 2 + 1 samples, the tracer two tokens.
+            "samples": Axis(max(token, settings.filter_length // 2 + 1), longest, settings.sampling_rate),
+            "tokens": Axis(2, longest // token + 1, 26),
         },
         weights={name: weights[name] for name in module.state_dict()},
         constants=constants,

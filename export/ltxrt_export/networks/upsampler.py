@@ -21,8 +21,6 @@ from .spec import Axis, NetworkSpec, Port
 
 __all__ = ["Upsampler", "spec"]
 
-_PREFIX = "upsampler."
-
 
 class Upsampler(nn.Module):
     """Normalised latents to normalised latents of twice the size.
@@ -60,23 +58,31 @@ class Upsampler(nn.Module):
 
 
 def spec(
-    upsampler: LTX2LatentUpsamplerModel, vae: AutoencoderKLLTX2Video, weights: Mapping[str, TensorRef]
+    upsampler: LTX2LatentUpsamplerModel,
+    vae: AutoencoderKLLTX2Video,
+    weights: Mapping[str, TensorRef],
+    vae_weights: Mapping[str, TensorRef],
 ) -> NetworkSpec:
     """The ``upsampler`` network.
 
     Args:
         upsampler: In eval mode; real or fake tensors.
         vae: The video VAE whose latents it upsamples.
-        weights: Stored tensors by the upsampler's own parameter names, and the VAE's ``latents_mean`` and
-            ``latents_std``; others are not used.
+        weights: Stored tensors by the upsampler's parameter names.
+        vae_weights: Stored tensors by the VAE's parameter names; only its latent statistics are used.
+
+    Raises:
+        ExportError: As ``Upsampler``.
     """
     module = Upsampler(upsampler, vae).eval()
     channels = module.latents_mean.shape[0]
+    stored = {f"upsampler.{name}": weights[name] for name in upsampler.state_dict()}
+    stored |= {name: vae_weights[name] for name in ("latents_mean", "latents_std")}
     return NetworkSpec(
         name="upsampler",
         module=module,
-        inputs=(Port("latent", "float32", (1, channels, "n", "h", "w")),),
-        outputs=(Port("upsampled", "float32", (1, channels, "n", "2*h", "2*w")),),
-        axes={"n": Axis(1, 61, 3), "h": Axis(1, 64, 2), "w": Axis(1, 64, 4)},
-        weights={name: weights[name.removeprefix(_PREFIX)] for name in module.state_dict()},
+        inputs=(Port("latent", "float32", (1, channels, "f", "h", "w")),),
+        outputs=(Port("upsampled", "float32", (1, channels, "f", "2*h", "2*w")),),
+        axes={"f": Axis(1, 61, 3), "h": Axis(1, 64, 2), "w": Axis(1, 64, 4)},
+        weights=stored,
     )
