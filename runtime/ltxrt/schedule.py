@@ -24,10 +24,14 @@ def steps(sigmas: Sequence[float]) -> list[tuple[float, float]]:
 def check_sigmas(wanted: Sequence[float], known: Sequence[float], where: str) -> None:
     """Refuse a schedule with noise levels that the checkpoint was not distilled for.
 
+    Levels are compared as the fp32 that the denoiser takes, so that a bundle may store them in either width.
+
     Raises:
-        BundleError: ``wanted`` is not a falling subset of ``known`` that ends in 0.
+        BundleError: ``wanted`` is not a falling part of ``known`` that has a step and ends in 0.
     """
-    if set(wanted) - set(known) or sorted(wanted, reverse=True) != list(wanted) or wanted[-1] != 0.0:
+    levels, distilled = np.asarray(wanted, np.float32), np.asarray(known, np.float32)
+    falls_to_zero = levels.size > 1 and levels[-1] == 0 and bool(np.all(np.diff(levels) < 0))
+    if not falls_to_zero or not np.isin(levels, distilled).all():
         raise BundleError(f"{where}: sigmas {list(wanted)} are not a falling part of the bundle's {list(known)}")
 
 
