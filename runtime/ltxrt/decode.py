@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Array, Engine
+from .errors import EngineError
 from .manifest import StreamEntry
 
 __all__ = ["FrameChunk", "VideoDecoder", "chunk_lengths"]
@@ -67,6 +68,9 @@ class VideoDecoder:
             latent: [1, 128, f, h, w], normalised.
             frames: Frames to give, at most 8 (f - 1) + 1; what the last latents hold beyond them is dropped.
             rate: Frames a second.
+
+        Raises:
+            EngineError: The network failed, or gave fewer frames than that.
         """
         _, _, count, height, width = latent.shape
         states: dict[str, Array] = {
@@ -93,3 +97,4 @@ class VideoDecoder:
                 done += len(decoded)
             if done == frames:
                 return
+        raise EngineError(f"{self.engine.name}: {count} latent frames gave {done} frames, {frames} are needed")
