@@ -64,7 +64,7 @@ class MelSettings:
         """Refuse what the arithmetic does not cover.
 
         Raises:
-            ExportError: A DFT length that has no quarter turn, a window longer than it, or edges beyond half the sampling rate.
+            ExportError: A DFT length without a quarter turn, a longer window, or edges beyond half the sampling rate.
         """
         length, window = self.filter_length, self.win_length
         if length < 4 or length % 4:
