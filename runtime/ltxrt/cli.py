@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
+from typer.main import get_command
 
 from .cli_report import error_json
 from .errors import LtxrtError, OutputError, shown
@@ -298,7 +299,8 @@ def _emit(text: str) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors of ltxrt's own become one line on stderr."""
     try:
-        code = app(list(arguments), prog_name="ltxrt", standalone_mode=False)
+        # Not app(...) itself, which would put typer's own hook in the place of ours.
+        code = get_command(app).main(list(arguments), prog_name="ltxrt", standalone_mode=False)
     except LtxrtError as error:
         return _failed(error, str(error), error.exit_code, arguments)
     except typer.TyperException as error:

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``gpu`` marker: skipped without an NVIDIA GPU, failed without one where the job promised one."""
+
+import os
+from functools import cache
+
+import pytest
+
+from ltxrt.doctor import nvidia
+
+
+@cache
+def _missing_gpu() -> str | None:
+    """Why there is no GPU to test on."""
+    found = nvidia()
+    return None if found.status == "ok" else found.detail
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    missing = _missing_gpu()
+    if missing is not None and os.environ.get("LTXRT_REQUIRE_GPU") == "1":
+        pytest.fail(f"LTXRT_REQUIRE_GPU=1, but {missing}", pytrace=False)
+    if missing is not None:
+        pytest.skip(missing)
