@@ -7,17 +7,19 @@ weights of the 22B model take minutes to read) only where ``verify=True`` asks f
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from .errors import BundleError, RequestError, shown
-from .manifest import NETWORK_NAMES, SCHEMA_VERSION, Manifest, NetworkEntry
+from .manifest import NETWORK_NAMES, SCHEMA_VERSION, Manifest, NetworkEntry, NetworkName
 from .rope import RopeGrid
 
 __all__ = ["HASH_ON_OPEN_BYTES", "Bundle", "tiny_bundle_path"]
@@ -90,7 +92,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder} is not a bundle: it has no manifest.json") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -111,20 +113,28 @@ def _read_manifest(folder: Path) -> Manifest:
 def _check_references(folder: Path, manifest: Manifest) -> None:
     """Everything that the manifest points to exists in it, and no path leaves the folder."""
     for relative in manifest.files:
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        if Path(relative).is_absolute() or ".." in Path(relative).parts or "\0" in relative:
             raise BundleError(f"{folder}: the manifest names {relative!r}, which is outside the bundle")
     for key, network in manifest.networks.items():
         for relative in (network.file, *network.weights):
             if relative not in manifest.files:
                 raise BundleError(f"{folder}: network {key} needs {relative}, which the manifest does not list")
     for preset, networks in manifest.presets.items():
-        missing = set(NETWORK_NAMES) - networks.keys()
-        unknown = {key for key in networks.values() if key not in manifest.networks}
-        if missing or unknown:
-            raise BundleError(f"{folder}: preset {preset} lacks {sorted(missing | unknown)}")
+        _check_preset(folder, manifest, preset, networks)
     for relative in ("tables.npz", "tokenizer.json"):
         if relative not in manifest.files:
             raise BundleError(f"{folder}: the manifest does not list {relative}")
+
+
+def _check_preset(folder: Path, manifest: Manifest, preset: str, networks: Mapping[NetworkName, str]) -> None:
+    """A preset has all networks, and each is one of that kind."""
+    missing = set(NETWORK_NAMES) - networks.keys()
+    unknown = {key for key in networks.values() if key not in manifest.networks}
+    if missing or unknown:
+        raise BundleError(f"{folder}: preset {preset} lacks {sorted(missing | unknown)}")
+    for name, key in networks.items():
+        if manifest.networks[key].network != name:
+            raise BundleError(f"{folder}: preset {preset} has {key} as its {name}")
 
 
 def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:
@@ -154,10 +164,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_tables(folder: Path) -> dict[str, NDArray[np.float32]]:
+def _read_tables(folder: Path) -> dict[str, NDArray[Any]]:
+    path = folder / "tables.npz"
     wanted = ("rope_video", "rope_cross", "sigmas_stage_1", "sigmas_stage_2")
-    with np.load(folder / "tables.npz", allow_pickle=False) as archive:
-        missing = set(wanted) - set(archive.files)
-        if missing:
-            raise BundleError(f"{folder / 'tables.npz'} lacks {sorted(missing)}")
-        return {name: archive[name] for name in wanted}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            tables = {name: archive[name] for name in archive.files if name in wanted}
+    # A single array, which is no archive, gives the TypeError.
+    except (EOFError, OSError, TypeError, ValueError, BadZipFile) as error:
+        raise BundleError(f"{path} is damaged: {error}") from error
+    if missing := set(wanted) - set(tables):
+        raise BundleError(f"{path} lacks {sorted(missing)}")
+    for name, table in tables.items():
+        # Frequencies in fp64 would run and give other angles than the reference's.
+        exact = table.dtype == np.float32 or (table.dtype == np.float64 and name.startswith("sigmas"))
+        if table.ndim != 1 or not exact:
+            raise BundleError(f"{path}: {name} is {table.dtype}{list(table.shape)}, expected float32 [n]")
+    return tables

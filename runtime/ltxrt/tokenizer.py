@@ -48,8 +48,16 @@ class PromptTokenizer:
 
     @classmethod
     def open(cls, path: Path, context_tokens: int) -> "PromptTokenizer":
-        """Read ``tokenizer.json``."""
-        return cls(Tokenizer.from_file(str(path)), context_tokens)
+        """Read ``tokenizer.json``.
+
+        Raises:
+            BundleError: It cannot be read, is no tokenizer, or lacks ``<bos>``.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        return cls(tokenizer, context_tokens)
 
     def encode(self, prompt: str) -> TokenizedPrompt:
         """Token ids of a prompt; what exceeds the context is cut off at the end and counted."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media files for the tests of the runtime, made on the spot."""
+"""Media files and a toy bundle for the tests of the runtime, made on the spot."""
 
+import hashlib
+import json
+import shutil
 import struct
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 MakeAudio = Callable[..., Path]
 MakeWav = Callable[[NDArray[np.generic], int, str], bytes]
@@ -103,3 +107,166 @@ def silent_video(tmp_path: Path) -> Path:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
         output.mux(stream.encode(None))
     return path
+
+
+# Six networks of a few nodes each, with the ports of the real ones at a toy width: enough for a grey clip.
+_TOY_GRAPHS = {
+    "text_encoder": """
+(int64[1,n] input_ids) => (float[1,4,6] video_context, float[1,4,6] audio_context)
+<int64[3] shape = {1, 4, 6}> {
+    ids = Cast <to = 1> (input_ids)
+    mean = ReduceMean <keepdims = 0> (ids)
+    video_context = Expand (mean, shape)
+    audio_context = Neg (video_context)
+}""",
+    "audio_encoder": """
+(float[1,2,samples] waveform) => (float[1,Na,128] audio_tokens)
+<int64[6] pads = {0, 0, 0, 0, 0, 1}, int64[3] repeats = {1, 1, 64}> {
+    means = AveragePool <kernel_shape = [640], strides = [640]> (waveform)
+    padded = Pad (means, pads)
+    pairs = Transpose <perm = [0, 2, 1]> (padded)
+    audio_tokens = Tile (pairs, repeats)
+}""",
+    "image_encoder": """
+(float[1,3,1,H,W] image) => (float[1,hw,128] image_tokens)
+<int64[1] axis = {2}, int64[1] one = {1}, int64[3] flat = {1, 3, -1}, int64[3] channels = {1, 128, 1}> {
+    still = Squeeze (image, axis)
+    means = AveragePool <kernel_shape = [32, 32], strides = [32, 32]> (still)
+    rows = Reshape (means, flat)
+    grey = ReduceMean <keepdims = 1> (rows, one)
+    wide = Expand (grey, channels)
+    image_tokens = Transpose <perm = [0, 2, 1]> (wide)
+}""",
+    "denoiser": """
+(float[1,Nv,128] latent, float[1,Nv,128] clean, float[1,Nv,1] mask, float[1,Na,128] audio_tokens,
+ float[1,4,6] video_context, float[1,4,6] audio_context, int64[Nv] token_row, float[1] sigma, float[1] sigma_next,
+ float[2,f,2] rope_time, float[2,h,2] rope_height, float[2,w,2] rope_width, float[2,f,3] rope_cross_time,
+ float[2,Na,3] rope_audio) => (float[1,Nv,128] latent_next)
+<float one = {1}> {
+    heard = ReduceMean <keepdims = 0> (audio_tokens)
+    read = ReduceMean <keepdims = 0> (video_context)
+    drift = Add (heard, read)
+    velocity = Sub (latent, drift)
+    time = Mul (mask, sigma)
+    moved = Mul (velocity, time)
+    guess = Sub (latent, moved)
+    free = Mul (guess, mask)
+    rest = Sub (one, mask)
+    held = Mul (clean, rest)
+    whole = Add (free, held)
+    away = Sub (latent, whole)
+    slope = Div (away, sigma)
+    step = Sub (sigma_next, sigma)
+    change = Mul (slope, step)
+    latent_next = Add (latent, change)
+}""",
+    "upsampler": """
+(float[1,128,f,h,w] latent) => (float[1,128,f,hh,ww] upsampled)
+<float[5] scales = {1, 1, 1, 2, 2}> {
+    upsampled = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+        (latent, , scales)
+}""",
+    "video_decoder": """
+(float[1,128,n,h,w] latent, float[p] first, float[q] last) => (uint8[T,rows,columns] frames)
+<int64[1] axes = {1}, int64[2] ends = {0, 1}, float[5] scales = {1, 1, 8, 48, 32}, int64 seven = {7},
+ int64[1] most = {100000}, int64[1] zero = {0}, float grey = {128}, float gain = {64}, float low = {16},
+ float high = {235}> {
+    mean = ReduceMean <keepdims = 1> (latent, axes)
+    large = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+        (mean, , scales)
+    pixels = Squeeze (large, ends)
+    count = Shape (first)
+    start = Mul (count, seven)
+    kept = Slice (pixels, start, most, zero)
+    scaled = Mul (kept, gain)
+    shifted = Add (scaled, grey)
+    clipped = Clip (shifted, low, high)
+    frames = Cast <to = 2> (clipped)
+}""",
+}
+_ELEMENTS = {1: "float32", 2: "uint8", 7: "int64"}
+
+
+def _toy_ports(values):
+    return [
+        {
+            "name": value.name,
+            "dtype": _ELEMENTS[value.type.tensor_type.elem_type],
+            "shape": [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim],
+        }
+        for value in values
+    ]
+
+
+def _write_toy_bundle(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    (folder / "networks").mkdir(parents=True)
+    networks = {}
+    for name, text in _TOY_GRAPHS.items():
+        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 23]> {name} {text}')
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, folder / "networks" / f"{name}.onnx")
+        networks[f"{name}-key"] = {
+            "network": name,
+            "file": f"networks/{name}.onnx",
+            "weights": ["networks/weights.bin"],
+            "precision": "fp32",
+            "opset": 23,
+            "inputs": _toy_ports(model.graph.input),
+            "outputs": _toy_ports(model.graph.output),
+            "shape_range": {},
+        }
+    (folder / "networks" / "weights.bin").write_bytes(bytes(range(256)) * 40)
+    full = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+    np.savez(
+        folder / "tables.npz",
+        rope_video=np.linspace(1, 2, 2, dtype=np.float32),
+        rope_cross=np.linspace(1, 2, 3, dtype=np.float32),
+        sigmas_stage_1=np.array(full),
+        sigmas_stage_2=np.array(full[5:]),
+    )
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "a": 2, "face": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files = {
+        str(path.relative_to(folder)): {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {
+        "schema_version": 1,
+        "model": {
+            "name": "toy",
+            "version": "2.3.0",
+            "checkpoint_sha256": "0" * 64,
+            "semantics": "R3",
+            "licence": "none",
+            "context_tokens": 4,
+            "latent_channels": 128,
+            "image_crf": 33,
+            "auto_pixels": 128 * 192,
+            "rope_max_position": [20.0, 2048.0, 2048.0],
+            "stream": {"states": [], "first_chunk_latents": 2},
+        },
+        "files": files,
+        "networks": networks,
+        "presets": {preset: {name: f"{name}-key" for name in _TOY_GRAPHS} for preset in ("low", "high")},
+        "made_with": {},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def _toy_bundle_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "bundle"
+    _write_toy_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def toy_bundle(tmp_path: Path, _toy_bundle_original: Path) -> Path:
+    """A whole bundle of toy networks with the presets ``low`` and ``high``, to run, edit and damage."""
+    return Path(shutil.copytree(_toy_bundle_original, tmp_path / "toy-bundle"))
