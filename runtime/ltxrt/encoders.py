@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from .engine import Engine
 from .errors import EngineError
 from .image import first_frame
-from .media import AudioTrack, conditioning_waveform
+from .media import CONDITIONING_RATE, AudioTrack, conditioning_waveform
 from .shapes import PixelShape, audio_token_count, samples_for_frames
 from .tokenizer import TokenizedPrompt
 
 __all__ = ["CONDITIONING_SAMPLE_RATE", "Conditioning", "TextContexts", "encode_audio", "encode_image", "encode_text"]
 
 #: Sample rate of the audio encoder's input.
-CONDITIONING_SAMPLE_RATE = 16_000
+CONDITIONING_SAMPLE_RATE = CONDITIONING_RATE
 
 Floats = NDArray[np.float32]
 
