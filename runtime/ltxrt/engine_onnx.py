@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime on the CPU: the engine that every machine has."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[attr-defined]
 
 from .engine import Array, Capture, TensorSpec, check_feeds
 from .errors import EngineError
 
 __all__ = ["OnnxCapture", "OnnxEngine"]
 
-# ONNX Runtime raises these two and its own subclasses of them.
-_ORT_ERRORS = (RuntimeError, ValueError)
+# What the native library reports has classes of its own, without a common base; its Python side raises the other two.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+)
+# How ONNX Runtime names the element types whose NumPy name differs.
+_DTYPES = {"float": "float32", "double": "float64"}
+_CODE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 class OnnxEngine:
@@ -28,6 +38,9 @@ class OnnxEngine:
         inputs: Declared inputs, from the manifest.
         outputs: Declared outputs, from the manifest.
         threads: Threads within one operator; 0 lets ONNX Runtime use every core.
+
+    Raises:
+        EngineError: The file is no graph that loads, or its ports are not the declared ones.
     """
 
     def __init__(
@@ -46,9 +59,8 @@ class OnnxEngine:
             self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
             raise EngineError(f"{name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
-        found = {value.name for value in self._session.get_inputs()}
-        if found != {spec.name for spec in inputs}:
-            raise EngineError(f"{name}: {path.name} takes {sorted(found)}, the manifest says otherwise")
+        check_ports(f"{name}: {path.name}", "input", inputs, self._session.get_inputs())
+        check_ports(f"{name}: {path.name}", "output", outputs, self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See ``Engine.run``."""
@@ -85,10 +97,40 @@ class OnnxCapture:
         self.outputs = {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
 
+def check_ports(where: str, kind: str, declared: Sequence[TensorSpec], found: Sequence[Any]) -> None:
+    """Compare declared ports with a graph's own: names, then dtypes, then ranks and fixed sizes.
+
+    Args:
+        where: Network and file, for messages.
+        kind: ``input`` or ``output``.
+        declared: From the manifest.
+        found: ONNX Runtime's ``NodeArg`` of each port.
+
+    Raises:
+        EngineError: The first difference.
+    """
+    ports = {port.name: port for port in found}
+    if set(ports) != {spec.name for spec in declared}:
+        raise EngineError(f"{where} has {kind}s {sorted(ports)}, declared are {sorted(spec.name for spec in declared)}")
+    for spec in declared:
+        port = ports[spec.name]
+        element = port.type.removeprefix("tensor(").removesuffix(")")
+        dtype = _DTYPES.get(element) or element
+        sizes = zip(port.shape, spec.shape, strict=False)
+        fits = len(port.shape) == len(spec.shape) and all(
+            size == wanted for size, wanted in sizes if isinstance(size, int) and isinstance(wanted, int)
+        )
+        if dtype != spec.dtype or not fits:
+            raise EngineError(
+                f"{where} has {kind} {TensorSpec(spec.name, dtype, tuple(port.shape))}, declared is {spec}"
+            )
+
+
 def session_options(threads: int) -> ort.SessionOptions:
     """Session options for the CPU: quiet, deterministic, and leaving the cores to x264 between calls."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # Fatal only: what goes wrong is raised, and would otherwise be printed as well.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Idle workers would otherwise spin for the next operator while the video encoder wants the core.
@@ -97,6 +139,6 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a backend's message, without its code prefix."""
+    """The first line of ONNX Runtime's message, without its code prefix."""
     text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    return _CODE_PREFIX.sub("", text[0]) if text else type(error).__name__
