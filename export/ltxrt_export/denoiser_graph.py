@@ -40,13 +40,7 @@ def export_denoiser(spec: NetworkSpec, location: Location = beside) -> ModelProt
             "video_out": f"video/{index + 1}",
             "audio_out": f"audio/{index + 1}",
         }
-        source = last if index == last else 0
-        stitcher.add(
-            part,
-            f"block.{index}",
-            wires,
-            weight_prefix=(f"transformer_blocks.{source}.", f"transformer_blocks.{index}."),
-        )
+        stitcher.add(part, f"block.{index}", wires, weight_prefix=("block.", f"transformer_blocks.{index}."))
     stitcher.add(
         parts["post"],
         "post",

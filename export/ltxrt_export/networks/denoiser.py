@@ -180,8 +180,7 @@ class Block(nn.Module):
 
     def __init__(self, model: LTX2VideoTransformer3DModel, index: int) -> None:
         super().__init__()
-        # A dictionary of one keeps the parameter names of the whole model: transformer_blocks.<index>.…
-        self.transformer_blocks = nn.ModuleDict({str(index): model.transformer_blocks[index]})
+        self.block: Any = model.transformer_blocks[index]
         self.last = index == len(model.transformer_blocks) - 1
         config: Any = model.config
         self.eps = float(config.norm_eps)
@@ -190,12 +189,6 @@ class Block(nn.Module):
         self.audio_ones: Tensor
         for name, linear in (("video_ones", model.proj_in), ("audio_ones", model.audio_proj_in)):
             self.register_buffer(name, torch.ones(linear.out_features, dtype=dtype), persistent=False)
-
-    @property
-    def block(self) -> Any:
-        """The block's weights (an ``LTX2VideoTransformerBlock``)."""
-        (block,) = self.transformer_blocks.values()
-        return block
 
     def forward(
         self,
