@@ -90,7 +90,9 @@ class TimedEngine:
 
     def capture(self, feeds: Mapping[str, Array]) -> Capture:
         """See ``Engine.capture``."""
-        return _TimedCapture(self._engine.capture(feeds), self.name, self._timings)
+        with self._timings.backend_call(self.name):
+            capture = self._engine.capture(feeds)
+        return _TimedCapture(capture, self.name, self._timings)
 
 
 class _TimedCapture:
