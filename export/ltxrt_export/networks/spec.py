@@ -93,7 +93,8 @@ def concrete(entry: int | str, sizes: Mapping[str, int]) -> int:
 def dynamic_shapes(spec: NetworkSpec) -> tuple[dict[int, Any], ...]:
     """The ``dynamic_shapes`` argument of ``torch.export.export`` for this network's inputs."""
     dims = {
-        name: torch.export.Dim(name, min=max(2, axis.minimum), max=axis.traced_maximum or axis.maximum) for name, axis in spec.axes.items()
+        name: torch.export.Dim(name, min=max(2, axis.minimum), max=axis.traced_maximum or axis.maximum)
+        for name, axis in spec.axes.items()
     }
     shapes: list[dict[int, Any]] = []
     for port in spec.inputs:
