@@ -131,14 +131,14 @@ def _size(request: Request, preset: Preset, bundle: Bundle, image: NDArray[np.ui
 
 
 def auto_size(aspect: Fraction, budget_pixels: int) -> tuple[int, int]:
-    """Width and height on the grid of 64 within the budget.
+    """Width and height on the grid of 64 that use the budget, or at least half of it.
 
     Of the sizes whose aspect is within 5 % of the wanted one (or, where there is none, as near as can be had) the
     largest. Nearness is that of the logarithms, so that 2:1 is as far from 1:1 as 1:2.
     """
+    budget = min(max(budget_pixels, MIN_SIDE**2), MAX_SIDE**2)
     sides = range(MIN_SIDE, MAX_SIDE + 1, CANVAS_MULTIPLE)
-    fitting = [(w, h) for w in sides for h in sides if budget_pixels <= 2 * w * h <= 2 * budget_pixels]
-    fitting = fitting or [(MIN_SIDE, MIN_SIDE)]
+    fitting = [(w, h) for w in sides for h in sides if budget <= 2 * w * h <= 2 * budget]
     error = {size: abs(math.log(size[0] / size[1] / aspect)) for size in fitting}
     tolerated = max(_ASPECT_TOLERANCE, min(error.values()) + 1e-9)
     return min(
@@ -147,13 +147,15 @@ def auto_size(aspect: Fraction, budget_pixels: int) -> tuple[int, int]:
 
 
 def _output_audio(source: AudioTrack, frames: int, rate: Fraction) -> tuple[AudioTrack, str | None]:
-    """The track for the file: cut or padded to the exact end of the last frame, then to an output rate."""
-    wanted = samples_for_frames(frames, rate, source.sample_rate)
-    output = for_output(fit(source, wanted))
+    """The track for the file: at an output rate, then cut or padded to the exact end of the last frame."""
+    end = frames / rate
+    # What lies a second or more beyond the end cannot be heard; resampling half an hour of it would take seconds.
+    near = AudioTrack(source.samples[:, : math.ceil((end + 1) * source.sample_rate)], source.sample_rate)
+    output = for_output(near)
     exact = fit(output, samples_for_frames(frames, rate, output.sample_rate))
-    difference = float(Fraction(source.sample_count - wanted, source.sample_rate))
-    if difference > 0:
-        return exact, f"audio cut by {difference:.3f} s to end with the video"
-    if difference < 0:
-        return exact, f"audio padded with {-difference:.3f} s of silence to end with the video"
+    milliseconds = round((source.duration - end) * 1000)
+    if milliseconds > 0:
+        return exact, f"audio cut by {milliseconds / 1000:.3f} s to end with the video"
+    if milliseconds < 0:
+        return exact, f"audio padded with {-milliseconds / 1000:.3f} s of silence to end with the video"
     return exact, None
