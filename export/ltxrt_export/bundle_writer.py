@@ -5,7 +5,9 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +21,7 @@ from ltxrt.errors import ExportError, OutputError
 from ltxrt.manifest import FileEntry, Manifest, ModelEntry, NetworkEntry, TensorEntry
 
 from .networks.spec import NetworkSpec
-from .onnx_export import OPSET
+from .onnx_export import OPSET, check_graph
 
 __all__ = ["BundleWriter"]
 
@@ -30,27 +32,31 @@ class BundleWriter:
     """Collects graphs, weight files and tables; a context manager that leaves nothing behind unless ``commit`` ran.
 
     Args:
-        destination: The bundle's folder; must not exist unless ``overwrite``.
-        overwrite: Replace a folder that is there.
+        destination: The bundle's folder; must not exist unless ``overwrite``. Folders above it are made.
+        overwrite: Replace the bundle, or the empty folder, that is there.
 
     Raises:
-        OutputError: The destination exists, or its parent cannot be written.
+        OutputError: The destination exists, or cannot be written.
     """
 
     def __init__(self, destination: Path, *, overwrite: bool = False) -> None:
-        if destination.exists() and not overwrite:
-            raise OutputError(f"{destination} exists already; choose another folder or pass --overwrite")
-        if destination.exists() and not (destination / "manifest.json").is_file() and any(destination.iterdir()):
-            raise OutputError(f"{destination} is not a bundle, so it is not overwritten")
         self._destination = destination
-        self._folder = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
         self._weights: dict[Path, str] = {}
         self._networks: dict[str, NetworkEntry] = {}
         self._hashes: dict[Path, str] = {}
+        # Outermost last; what this writer did not make is not its to remove.
+        self._made: list[Path] = []
+        with _written(destination):
+            _check_destination(destination, overwrite=overwrite)
+            target = destination.absolute()
+            self._folder = _sibling(target, "partial")
+            self._made = [parent for parent in target.parents if not parent.exists()]
         try:
-            (self._folder / _NETWORKS).mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{destination} cannot be written: {error.strerror}") from error
+            with _written(destination):
+                (self._folder / _NETWORKS).mkdir(parents=True)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +64,14 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was not committed. Calling it again does nothing."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        for parent in self._made:
+            with suppress(OSError):  # holds the bundle, or something of somebody else's
+                parent.rmdir()
 
     def location(self, path: Path) -> str:
         """Name of a weight file beside the graphs; two files of one name get different ones."""
@@ -69,25 +82,14 @@ class BundleWriter:
                 raise ExportError(f"{path}: another weight file of that name is part of the bundle already")
         return self._weights[path]
 
-    def add_weights(self) -> None:
-        """Put every weight file that a graph points to beside the graphs: a hard link where the disk allows it.
-
-        Raises:
-            OutputError: They cannot be written.
-        """
-        for path, name in self._weights.items():
-            target = self._folder / _NETWORKS / name
-            if target.exists():
-                continue
-            try:
-                shutil.copyfile(path, target)
-            except OSError as error:
-                raise OutputError(f"{target}: {path.name} cannot be copied: {error.strerror}") from error
-
     def add_network(self, spec: NetworkSpec, model: ModelProto, precision: str) -> str:
-        """Write a graph and return its key: name, precision and a hash of graph and weights.
+        """Write a graph with the weight files that it points to, check it, and return its key.
+
+        The key is name, precision and a hash of graph and weights. Weight files are copied, once each: ONNX takes
+        neither a symbolic nor a hard link.
 
         Raises:
+            ExportError: The graph is not valid ONNX.
             OutputError: It cannot be written.
         """
         data = model.SerializeToString(deterministic=True)
@@ -95,7 +97,8 @@ class BundleWriter:
         digest = hashlib.sha256(data)
         for path, name in sorted(self._weights.items(), key=lambda item: item[1]):
             if name in weights:
-                digest.update(self._sha256(path).encode())
+                digest.update(self.sha256(path).encode())
+                self._copy(path, f"{_NETWORKS}/{name}")
         key = f"{spec.name}-{precision}-{digest.hexdigest()[:12]}"
         self._write(f"{_NETWORKS}/{key}.onnx", data)
         self._networks[key] = NetworkEntry(
@@ -108,6 +111,7 @@ class BundleWriter:
             outputs=tuple(TensorEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in spec.outputs),
             shape_range={name: (axis.minimum, axis.maximum) for name, axis in spec.axes.items()},
         )
+        check_graph(spec.name, self.path_of(key))
         return key
 
     def path_of(self, key: str) -> Path:
@@ -115,13 +119,22 @@ class BundleWriter:
         return self._folder / self._networks[key].file
 
     def add_tokenizer(self, path: Path) -> None:
-        """Copy ``tokenizer.json``."""
-        self._write("tokenizer.json", path.read_bytes())
+        """Copy ``tokenizer.json``.
+
+        Raises:
+            OutputError: It cannot be read or written.
+        """
+        self._copy(path, "tokenizer.json")
 
     def add_tables(self, tables: Mapping[str, NDArray[Any]]) -> None:
-        """Write ``tables.npz``; its bytes depend on the arrays alone."""
-        with (self._folder / "tables.npz").open("wb") as file:
-            np.savez(file, allow_pickle=False, **{name: np.asarray(tables[name]) for name in sorted(tables)})
+        """Write ``tables.npz``; its bytes depend on the arrays alone.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        data = BytesIO()
+        np.savez(data, allow_pickle=False, **{name: np.asarray(tables[name]) for name in sorted(tables)})
+        self._write("tables.npz", data.getvalue())
 
     def commit(
         self, model: ModelEntry, presets: Mapping[str, Mapping[str, str]], made_with: Mapping[str, str]
@@ -129,35 +142,86 @@ class BundleWriter:
         """Write the manifest and give the folder its name.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: It cannot be written; a bundle that was to be replaced is still there.
         """
+        with _written(self._destination):
+            files = {path.relative_to(self._folder).as_posix(): _entry(path) for path in _files(self._folder)}
         manifest = Manifest(
             model=model,
-            files={str(p.relative_to(self._folder)): _entry(p) for p in _files(self._folder)},
+            files=files,
             networks=dict(sorted(self._networks.items())),
             presets={name: dict(keys) for name, keys in presets.items()},  # type: ignore[arg-type]  # checked by the model
             made_with=dict(sorted(made_with.items())),
         )
         self._write("manifest.json", (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode())
-        try:
-            if self._destination.exists():
-                shutil.rmtree(self._destination)
-            self._folder.replace(self._destination)
-        except OSError as error:
-            raise OutputError(f"{self._destination} cannot be written: {error.strerror}") from error
+        self._rename()
         return manifest
 
-    def _sha256(self, path: Path) -> str:
-        """Hash of a weight file, read once however many networks share it."""
+    def sha256(self, path: Path) -> str:
+        """Hash of a source file, read once however many ask for it.
+
+        Raises:
+            ExportError: It cannot be read.
+        """
         if path not in self._hashes:
-            self._hashes[path] = file_sha256(path)
+            try:
+                self._hashes[path] = file_sha256(path)
+            except OSError as error:
+                raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
         return self._hashes[path]
 
+    def _rename(self) -> None:
+        """Swap the finished folder in, by renames alone: at no time is a part of a bundle under the name."""
+        target = self._destination.absolute()
+        old = _sibling(target, "old")
+        with _written(self._destination):
+            if target.exists():
+                target.rename(old)
+            try:
+                self._folder.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _copy(self, path: Path, relative: str) -> None:
+        target = self._folder / relative
+        if not target.exists():
+            with _written(self._destination / relative):
+                shutil.copyfile(path, target)
+
     def _write(self, relative: str, data: bytes) -> None:
-        try:
+        with _written(self._destination / relative):
             (self._folder / relative).write_bytes(data)
-        except OSError as error:
-            raise OutputError(f"{self._destination / relative} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _written(path: Path) -> Generator[None]:
+    """Turn what the file system says into one line that names ``path``."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _check_destination(destination: Path, *, overwrite: bool) -> None:
+    if not (destination.exists() or destination.is_symlink()):
+        return
+    if not overwrite:
+        raise OutputError(f"{destination}: exists already; choose another folder, or --overwrite to replace a bundle")
+    bundle = (destination / "manifest.json").is_file() or (destination.is_dir() and not any(destination.iterdir()))
+    if not bundle or destination.is_symlink():
+        raise OutputError(f"{destination}: is not a bundle, so it is not overwritten; choose another folder")
+
+
+def _sibling(target: Path, suffix: str) -> Path:
+    """A hidden, unused name beside ``target``, so that a rename is enough to get there."""
+    if not target.name:
+        raise OutputError(f"{target}: cannot be a bundle; choose another folder")
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _files(folder: Path) -> Iterable[Path]:

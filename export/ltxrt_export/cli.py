@@ -1,35 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ltxrt-export``: checkpoints to bundles."""
+"""``ltxrt-export``: checkpoints to bundles.
+
+stdout carries only the result (the bundle's path, or JSON), stderr everything else. torch and all that needs it is
+imported inside the commands, so that ``--help`` and usage errors are instant.
+"""
 
 import json
+import signal
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.main import get_command
 
+from ltxrt.cli_progress import reporter
+from ltxrt.cli_report import error_json
 from ltxrt.errors import LtxrtError
+from ltxrt.result import Progress
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    from .exporter import ExportOptions, Sources
+
+__all__ = ["app", "main", "run"]
+
+_EPILOG = """\b
+Exit codes:
+    0  done
+    1  internal error
+    2  the command line does not parse
+    6  an exported network does not run on this machine
+    7  the bundle cannot be written
+    9  the checkpoint is refused, or a network misses its parity limit
+  130  interrupted with Ctrl-C (143 by SIGTERM, 129 by SIGHUP)
+"""
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Turn an LTX-2.3 checkpoint into a bundle that ltxrt runs.",
-    epilog="Exit codes: 0 done, 2 usage, 7 the bundle cannot be written, 9 the checkpoint is refused, 130 interrupted.",
+    rich_markup_mode=None,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Out = Annotated[Path, typer.Option("--out", help="Folder of the new bundle.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutFlag = Annotated[Path, typer.Option("--out", help="Folder of the new bundle.", show_default=False)]
+CheckFlag = Annotated[bool, typer.Option("--check/--no-check", help="Compare every graph with its torch class.")]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 
 
-@app.callback()
-def _root() -> None:
-    """Commands are subcommands even while there are few of them."""
+class Stopped(SystemExit):
+    """A signal asks the run to end; ``code`` is 128 + its number, as shells report it."""
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Turn an LTX-2.3 checkpoint into a bundle that ltxrt runs."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -37,57 +71,92 @@ def export(  # noqa: PLR0913  # one parameter per flag
     checkpoint: Annotated[Path, typer.Option(help="The single-file checkpoint.", show_default=False)],
     text_encoder: Annotated[Path, typer.Option(help="The Gemma 3 folder.", show_default=False)],
     upsampler: Annotated[Path, typer.Option(help="The x2 spatial upsampler's file.", show_default=False)],
-    out: Out,
-    semantics: Annotated[str, typer.Option(help="Modulation rules: R1, R2 or R3.")] = "R3",
-    check: Annotated[bool, typer.Option(help="Compare every graph with its torch class.")] = True,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    out: OutFlag,
+    semantics: Annotated[Literal["R1", "R2", "R3"], typer.Option(help="Modulation rules, by generation.")] = "R3",
+    check: CheckFlag = True,
+    overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Export every network of a model and check it against the class that it came from."""
     from .exporter import ExportOptions, Sources
     from .networks.denoiser import Semantics
 
-    if semantics not in list(Semantics):
-        raise typer.BadParameter(f"{semantics!r} is not R1, R2 or R3", param_hint="--semantics")
     options = ExportOptions(semantics=Semantics(semantics), check=check, overwrite=overwrite)
-    _run(Sources.open(checkpoint, text_encoder, upsampler), out, options, as_json=as_json)
+    _export(Sources.open(checkpoint, text_encoder, upsampler), out, options, as_json=as_json)
 
 
 @app.command()
-def tiny(out: Out, check: bool = True, overwrite: Overwrite = False, as_json: Json = False) -> None:
-    """Write the tiny model and export it: how the bundle that ships with ltxrt is made."""
-    from .exporter import ExportOptions, Sources
-    from .tiny.config import AUTO_PIXELS, LICENCE
+def tiny(
+    out: OutFlag,
+    random: Annotated[bool, typer.Option("--random", help="Random weights instead of the shipped ones.")] = False,
+    check: CheckFlag = True,
+    overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Export the tiny model: how the bundle that ships with ltxrt is made."""
+    from .exporter import Sources
     from .tiny.write import write_tiny
+    from .tiny_bundle import TINY_OPTIONS, shipped_tiny
 
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_tiny(Path(folder))
-        options = ExportOptions(auto_pixels=AUTO_PIXELS, licence=LICENCE, check=check, overwrite=overwrite)
-        _run(Sources.open(paths.checkpoint, paths.text_encoder, paths.upsampler), out, options, as_json=as_json)
+        paths = (write_tiny if random else shipped_tiny)(Path(folder))
+        sources = Sources.open(paths.checkpoint, paths.text_encoder, paths.upsampler)
+        _export(sources, out, replace(TINY_OPTIONS, check=check, overwrite=overwrite), as_json=as_json)
 
 
-def _run(sources: Any, out: Path, options: Any, *, as_json: bool) -> None:
-    """Export with progress on stderr; the result on stdout."""
+def _export(sources: "Sources", out: Path, options: "ExportOptions", *, as_json: bool) -> None:
+    """Export with progress on stderr; the bundle's path, or it and the parity figures as JSON, on stdout."""
+    from ltxrt.manifest import NETWORK_NAMES
+
     from .exporter import export_bundle
 
     rows: list[dict[str, Any]] = []
-    for step in export_bundle(sources, out, options):
-        for row in step.rows:
-            sizes = " ".join(f"{name}={size}" for name, size in row.sizes.items())
-            typer.echo(f"  {row.output} at {sizes}: {row.error:.2e} {row.unit}", err=True)
-            rows.append({**asdict(row), "passed": row.passed})
-        if step.index < step.total:
-            typer.echo(f"[{step.index + 1}/{step.total}] {step.description}", err=True)
+    running: str | None = None
+    # Closed by name, so that an interruption between two steps cleans up too.
+    with closing(export_bundle(sources, out, options)) as steps, reporter((*NETWORK_NAMES, "manifest")) as progress:
+        for step in steps:
+            if running is not None:
+                progress.show(Progress(running, 1, 1))
+            for row in step.rows:
+                sizes = " ".join(f"{name}={size}" for name, size in row.sizes.items())
+                typer.echo(f"  {row.output} at {sizes}: {row.error:.2e} {row.unit}", err=True)
+                rows.append(asdict(row))
+            running = step.description if step.index < step.total else None
+            if running is not None:
+                progress.show(Progress(running, 0, 1))
     typer.echo(json.dumps({"bundle": str(out), "parity": rows}, indent=2) if as_json else str(out))
 
 
-def main() -> None:
-    """Entry point: errors become one line and an exit code."""
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; errors of ltxrt's own become one line on stderr."""
     try:
-        app(standalone_mode=True)
+        # Not app(...) itself, which would put typer's own hook in the place of ours.
+        code = get_command(app).main(list(arguments), prog_name="ltxrt-export", standalone_mode=False)
     except LtxrtError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        return _failed(error, str(error), error.exit_code, arguments)
+    except typer.TyperException as error:
+        return _failed(error, f"{error.format_message()} (see ltxrt-export --help)", error.exit_code, arguments)
+    except Stopped as stop:
+        code = int(str(stop.code))
+        return _failed(stop, f"stopped by {signal.Signals(code - 128).name}, nothing is left behind", code, arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(error: BaseException, message: str, code: int, arguments: Sequence[str]) -> int:
+    line = " ".join(message.split())
+    typer.echo(f"error: {line}", err=True)
+    if "--json" in arguments:
+        typer.echo(json.dumps(error_json(error, line, code), indent=2))
+    return code
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(128 + number)
+
+
+def main() -> NoReturn:
+    """Entry point of ``ltxrt-export``."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs of a script ignore some
+            signal.signal(number, _stop)
+    sys.exit(run(sys.argv[1:]))

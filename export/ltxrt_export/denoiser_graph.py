@@ -5,34 +5,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from onnx import GraphProto, ModelProto, helper
+from onnx import ModelProto
 from torch.export import Dim
 
 from .networks.denoiser import MODULATION_ROWS, DenoiseStep
 from .networks.spec import NetworkSpec, example_inputs
-from .onnx_export import Location, TracedGraph, attach_weights, beside, fake_mode, finished, name_axes, trace
+from .onnx_export import Location, TracedGraph, attach_weights, beside, fake_mode, finished, trace, value_info
 from .stitch import Stitcher
 
-__all__ = ["export_denoiser"]
+__all__ = ["export_denoiser", "stitched", "traced_parts"]
 
 _MODULATION = [f"modulation/{name}" for name in MODULATION_ROWS]
 _TABLES = [f"rope/{name}" for name in ("video_cos", "video_sin", "cross_cos", "cross_sin", "audio_cos", "audio_sin")]
-_BLOCK_INPUTS = ["video", "audio", "video_context", "audio_context", "token_row", *_MODULATION, *_TABLES]
+_AXES = ["rope_time", "rope_height", "rope_width", "rope_cross_time", "rope_audio"]
+
+#: Input names of each part, in the order of its ``forward``.
+_PRE = ["latent", "mask", "audio_tokens", "sigma"]
+_BLOCK = ["video", "audio", "video_context", "audio_context", "token_row", *_MODULATION, *_TABLES]
+_POST = ["video", "embedded", "token_row", "latent", "clean", "mask", "sigma", "sigma_next"]
 
 
 def export_denoiser(spec: NetworkSpec, location: Location = beside) -> ModelProto:
     """The finished ONNX model of the denoiser: like ``export_model``, in seconds at any depth."""
-    step = spec.module
-    if not isinstance(step, DenoiseStep):
-        raise TypeError(f"{spec.name} is not a DenoiseStep")
-    parts = _traced_parts(spec, step)
-    last = len(step.blocks) - 1
+    return stitched(spec, traced_parts(spec), location)
+
+
+def stitched(spec: NetworkSpec, parts: Mapping[str, TracedGraph], location: Location = beside) -> ModelProto:
+    """The model of ``spec`` from the ``traced_parts`` of a denoiser that differs in depth at most."""
+    last = len(_step(spec).blocks) - 1
     stitcher = Stitcher(spec.name)
     shared = {name: name for name in (*_MODULATION, *_TABLES, *(port.name for port in spec.inputs))}
     stitcher.add(parts["pre"], "pre", {**shared, "video": "video/0", "audio": "audio/0", "embedded": "embedded"})
     stitcher.add(parts["rope"], "rope", shared)
     for index in range(last + 1):
-        part = parts["last" if index == last else "block"]
         wires = {
             **shared,
             "video": f"video/{index}",
@@ -40,94 +45,67 @@ def export_denoiser(spec: NetworkSpec, location: Location = beside) -> ModelProt
             "video_out": f"video/{index + 1}",
             "audio_out": f"audio/{index + 1}",
         }
+        part = parts["last" if index == last else "block"]
         stitcher.add(part, f"block.{index}", wires, weight_prefix=("block.", f"transformer_blocks.{index}."))
-    stitcher.add(
-        parts["post"],
-        "post",
-        {**shared, "video": f"video/{last + 1}", "embedded": "embedded", "next": "latent_next"},
-    )
-    model = stitcher.model(_ports(spec))
-    name_axes(model.graph, spec)
+    wires = {**shared, "video": f"video/{last + 1}", "embedded": "embedded", "next": "latent_next"}
+    stitcher.add(parts["post"], "post", wires)
+    model = stitcher.model(map(value_info, spec.inputs), map(value_info, spec.outputs))
     attach_weights(model, {name: spec.weights[name] for name in stitcher.weights}, location)
     return finished(model, spec.name)
 
 
-def _traced_parts(spec: NetworkSpec, step: DenoiseStep) -> dict[str, TracedGraph]:
-    """Every distinct part, traced on its own, with wires named as in this module's tables."""
-    names = [port.name for port in spec.inputs]
-    with fake_mode(step):
-        feeds = dict(zip(names, example_inputs(spec), strict=True))
-    dims = {name: Dim(name, min=2, max=axis.maximum) for name, axis in spec.axes.items()}
-    tokens, audio_tokens = {1: dims["Nv"]}, {1: dims["Na"]}
-    axes = [name for name in feeds if name.startswith("rope_")]
+def traced_parts(spec: NetworkSpec) -> dict[str, TracedGraph]:
+    """Every distinct part, traced on its own: ``pre``, ``rope``, ``last``, ``post``; ``block`` if there are two.
+
+    A block's weights are named ``block.…``, and the values that cross a border as in this module's tables.
+    """
+    step = _step(spec)
     with torch.no_grad(), fake_mode(step):
-        projected = step.pre(feeds["latent"], feeds["mask"], feeds["audio_tokens"], feeds["sigma"])
-        tables = tuple(step.rope(*(feeds[name] for name in axes)))
-    video, audio, embedded, *modulation = projected
-    pre = ["latent", "mask", "audio_tokens", "sigma"]
-    parts = {
-        "pre": trace(
-            step.pre,
-            tuple(feeds[name] for name in pre),
-            (tokens, tokens, audio_tokens, None),
-            (pre, ["video", "audio", "embedded", *_MODULATION]),
-        ),
-        "rope": trace(
-            step.rope,
-            tuple(feeds[name] for name in axes),
-            tuple({1: dims[symbol]} for symbol in ("f", "h", "w", "f", "Na")),
-            (axes, _TABLES),
-        ),
-    }
-    block_feeds = (
-        video,
-        audio,
-        (feeds["video_context"], feeds["audio_context"]),
-        feeds["token_row"],
-        tuple(modulation),
-        tables,
-    )
-    table_dims = tuple({2: dims["Na" if "audio" in name else "Nv"]} for name in _TABLES)
+        feeds = dict(zip((port.name for port in spec.inputs), example_inputs(spec), strict=True))
+        video, audio, embedded, *modulation = step.pre(*(feeds[name] for name in _PRE))
+        tables = tuple(step.rope(*(feeds[name] for name in _AXES)))
+    dims = {name: Dim(name, min=2, max=axis.maximum) for name, axis in spec.axes.items()}
+    tokens, audio_tokens, row = {1: dims["Nv"]}, {1: dims["Na"]}, {0: dims["Nv"]}
+    latent, clean, mask, token_row = (feeds[name] for name in ("latent", "clean", "mask", "token_row"))
+    contexts, sigmas = (feeds["video_context"], feeds["audio_context"]), (feeds["sigma"], feeds["sigma_next"])
+    block_inputs = (video, audio, contexts, token_row, tuple(modulation), tables)
     block_dims: tuple[Any, ...] = (
         tokens,
         audio_tokens,
         (None, None),
-        {0: dims["Nv"]},
+        row,
         (None,) * len(modulation),
-        table_dims,
+        tuple({2: dims["Na" if "audio" in name else "Nv"]} for name in _TABLES),
     )
-    outputs: Mapping[str, list[str]] = {"block": ["video_out", "audio_out"], "last": ["video_out"]}
-    for name, index in (("block", 0), ("last", -1)):
-        if name == "block" and len(step.blocks) == 1:
-            continue
-        parts[name] = trace(
-            step.blocks[index],
-            block_feeds,
-            block_dims,
-            (_BLOCK_INPUTS, outputs[name]),
-            constants=spec.constants,
-        )
-    names = ["video", "embedded", "token_row", "latent", "clean", "mask", "sigma", "sigma_next"]
-    parts["post"] = trace(
-        step.post,
-        (
-            video,
-            embedded,
-            feeds["token_row"],
-            (feeds["latent"], feeds["clean"], feeds["mask"]),
-            (feeds["sigma"], feeds["sigma_next"]),
+    parts = {
+        "pre": trace(
+            step.pre,
+            tuple(feeds[name] for name in _PRE),
+            (tokens, tokens, audio_tokens, None),
+            (_PRE, ["video", "audio", "embedded", *_MODULATION]),
         ),
-        (tokens, None, {0: dims["Nv"]}, (tokens, tokens, tokens), (None, None)),
-        (names, ["next"]),
-    )
+        "rope": trace(
+            step.rope,
+            tuple(feeds[name] for name in _AXES),
+            tuple({1: dims[symbol]} for symbol in ("f", "h", "w", "f", "Na")),
+            (_AXES, _TABLES),
+        ),
+        "last": trace(step.blocks[-1], block_inputs, block_dims, (_BLOCK, ["video_out"]), constants=spec.constants),
+        "post": trace(
+            step.post,
+            (video, embedded, token_row, (latent, clean, mask), sigmas),
+            (tokens, None, row, (tokens, tokens, tokens), (None, None)),
+            (_POST, ["next"]),
+        ),
+    }
+    if len(step.blocks) > 1:
+        parts["block"] = trace(
+            step.blocks[0], block_inputs, block_dims, (_BLOCK, ["video_out", "audio_out"]), constants=spec.constants
+        )
     return parts
 
 
-def _ports(spec: NetworkSpec) -> GraphProto:
-    """Typed graph inputs and outputs of the network, without nodes."""
-    ports = GraphProto()
-    for target, source in ((ports.input, spec.inputs), (ports.output, spec.outputs)):
-        for port in source:
-            element = helper.np_dtype_to_tensor_dtype(torch.zeros(0, dtype=getattr(torch, port.dtype)).numpy().dtype)
-            target.append(helper.make_tensor_value_info(port.name, element, port.shape))
-    return ports
+def _step(spec: NetworkSpec) -> DenoiseStep:
+    if not isinstance(spec.module, DenoiseStep):
+        raise TypeError(f"{spec.name} is not a DenoiseStep")
+    return spec.module

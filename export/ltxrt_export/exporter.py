@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint to bundle: every network traced, checked against its torch class, and written with its manifest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ltxrt.bundle import file_sha256
 from ltxrt.manifest import NETWORK_NAMES, Manifest, ModelEntry, StateEntry, StreamEntry
 from ltxrt.preset import PRESET_NAMES, load_preset
 
@@ -81,13 +80,13 @@ class ExportStep:
     rows: tuple[ParityRow, ...] = ()
 
 
-def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -> Iterator[ExportStep]:
+def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -> Generator[ExportStep]:
     """Export all networks into a bundle at ``destination``.
 
     A generator: nothing runs until it is consumed, and closing it early leaves nothing behind.
 
     Raises:
-        ExportError: A network cannot be exported or misses its parity limit.
+        ExportError: A network cannot be exported, is not valid ONNX or misses its parity limit.
         OutputError: The bundle cannot be written.
     """
     total = len(NETWORK_NAMES) + 1
@@ -100,7 +99,6 @@ def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -
             spec = specs[name]
             export = export_denoiser if name == "denoiser" else export_model
             keys[name] = writer.add_network(spec, export(spec, writer.location), PRECISION)
-            writer.add_weights()
             rows = tuple(check_network(sources, spec, writer.path_of(keys[name]))) if options.check else ()
         yield ExportStep(len(NETWORK_NAMES), total, "manifest", rows)
         writer.add_tokenizer(sources.text_encoder.tokenizer_path)
@@ -186,7 +184,7 @@ def _commit(
     model = ModelEntry(
         name=checkpoint.name,
         version=checkpoint.version,
-        checkpoint_sha256=file_sha256(checkpoint.path),
+        checkpoint_sha256=writer.sha256(checkpoint.path),
         semantics=options.semantics.value,
         licence=options.licence,
         context_tokens=sources.text_encoder.context_length,

@@ -18,10 +18,22 @@ import numpy as np
 import onnx_ir
 import torch
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    checker,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 from torch._guards import detect_fake_mode
 
-from .networks.spec import NetworkSpec, dynamic_shapes, example_inputs
+from ltxrt.errors import ExportError
+
+from .networks.spec import NetworkSpec, Port, dynamic_shapes, example_inputs
 from .weights import TensorRef
 
 __all__ = ["OPSET", "Location", "TracedGraph", "attach_weights", "beside", "export_model", "trace"]
@@ -29,13 +41,18 @@ __all__ = ["OPSET", "Location", "TracedGraph", "attach_weights", "beside", "expo
 #: The first opset with Attention and RMSNormalization as single nodes.
 OPSET = 23
 
+#: ONNX element type by safetensors dtype name.
 _ONNX_DTYPES = {
+    "F64": TensorProto.DOUBLE,
     "F32": TensorProto.FLOAT,
     "F16": TensorProto.FLOAT16,
     "BF16": TensorProto.BFLOAT16,
     "F8_E4M3": TensorProto.FLOAT8E4M3FN,
+    "F8_E5M2": TensorProto.FLOAT8E5M2,
     "I64": TensorProto.INT64,
     "I32": TensorProto.INT32,
+    "I8": TensorProto.INT8,
+    "U8": TensorProto.UINT8,
 }
 
 
@@ -153,9 +170,12 @@ def name_axes(graph: GraphProto, spec: NetworkSpec) -> None:
     ports = {port.name: port for port in (*spec.inputs, *spec.outputs)}
     for value in (*graph.input, *graph.output):
         if value.name in ports:
-            port = ports[value.name]
-            element = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype))
-            value.type.CopyFrom(helper.make_tensor_type_proto(element, port.shape))
+            value.CopyFrom(value_info(ports[value.name]))
+
+
+def value_info(port: Port) -> ValueInfoProto:
+    """A port as a graph declares it."""
+    return helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape)
 
 
 def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef], location: Location = beside) -> None:
@@ -165,31 +185,33 @@ def attach_weights(model: ModelProto, weights: Mapping[str, TensorRef], location
         model: Changed in place; every name in ``weights`` is one of its graph inputs.
         weights: Graph input name to stored tensor. Two names may share one stored tensor.
         location: Where each weight file will lie, relative to the ``.onnx``.
+
+    Raises:
+        ExportError: Two files hold a tensor of the same key.
     """
     graph = model.graph
-    kept = [value for value in graph.input if value.name not in weights]
     dtypes = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    del graph.input[:]
-    graph.input.extend(kept)
+    kept = [value for value in graph.input if value.name not in weights]
+    stored: dict[str, TensorRef] = {}
+    casts: dict[str, NodeProto] = {}
     renamed: dict[str, str] = {}
-    casts: list[NodeProto] = []
-    for name in sorted(weights, key=lambda name: (weights[name].key, name)):
-        ref = weights[name]
-        if ref.key not in {tensor.name for tensor in graph.initializer}:
-            graph.initializer.append(_external(ref, location))
-        if _ONNX_DTYPES[ref.dtype] == dtypes[name]:
-            renamed[name] = ref.key
-        else:
-            cast = f"{ref.key}/cast"
-            if cast not in renamed.values():
-                casts.append(helper.make_node("Cast", [ref.key], [cast], name=cast, to=dtypes[name]))
-            renamed[name] = cast
+    for name, ref in sorted(weights.items(), key=lambda item: (item[1].key, item[0])):
+        other = stored.setdefault(ref.key, ref)
+        if other.path != ref.path:
+            raise ExportError(f"{ref.key} is a tensor of both {other.path} and {ref.path}; a graph can have but one")
+        target, dtype = ref.key, dtypes[name]
+        if _ONNX_DTYPES[ref.dtype] != dtype:
+            # One cast a tensor, however many names it has.
+            target = f"{ref.key}/cast"
+            casts[target] = helper.make_node("Cast", [ref.key], [target], name=target, to=dtype)
+        renamed[name] = target
+    nodes = [*casts.values(), *graph.node]
     for node in graph.node:
-        for index, value in enumerate(node.input):
-            node.input[index] = renamed.get(value, value)
-    nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*casts, *nodes])
+        node.input[:] = [renamed.get(value, value) for value in node.input]
+    del graph.input[:], graph.node[:]
+    graph.input.extend(kept)
+    graph.node.extend(nodes)
+    graph.initializer.extend(_external(ref, location) for ref in stored.values())
 
 
 def _external(ref: TensorRef, location: Location) -> TensorProto:
@@ -201,7 +223,7 @@ def _external(ref: TensorRef, location: Location) -> TensorProto:
 
 
 def finished(model: ModelProto, name: str) -> ModelProto:
-    """Strip what differs between machines and runs (paths, traces), set producer and name, and check."""
+    """Strip what differs between machines and runs (paths, traces), and set producer and name."""
     graph = model.graph
     graph.name = name
     model.producer_name, model.producer_version, model.doc_string = "ltxrt-export", "", ""
@@ -213,6 +235,18 @@ def finished(model: ModelProto, name: str) -> ModelProto:
         value.doc_string = ""
         del value.metadata_props[:]
     return model
+
+
+def check_graph(name: str, path: Path) -> None:
+    """Check a written graph, its types and shapes included; its weight files must lie beside it.
+
+    Raises:
+        ExportError: It is not valid ONNX.
+    """
+    try:
+        checker.check_model(path, full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        raise ExportError(f"{name}: not a valid graph: {' '.join(str(error).split())}") from error
 
 
 def constant_key(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:

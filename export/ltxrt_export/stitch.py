@@ -5,13 +5,16 @@ Tracing 48 blocks as one module takes half an hour, because the graph optimiser 
 block and copying its nodes takes seconds and gives the same graph.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from .onnx_export import OPSET, TracedGraph, constant_key
 
 __all__ = ["Stitcher"]
+
+#: The ONNX file version that torch's exporter writes too.
+_IR_VERSION = 10
 
 
 class Stitcher:
@@ -25,7 +28,7 @@ class Stitcher:
     def __init__(self, name: str) -> None:
         self._graph = GraphProto(name=name)
         self._constants: dict[tuple[int, tuple[int, ...], bytes], str] = {}
-        self._inputs: dict[str, TensorProto.DataType] = {}
+        #: Joint names of all weights.
         self.weights: set[str] = set()
 
     def add(
@@ -47,13 +50,12 @@ class Stitcher:
         names = dict(wires)
         for tensor in part.model.graph.initializer:
             names[tensor.name] = self._constant(tensor)
+        old, new = weight_prefix
         for value in part.model.graph.input:
             if value.name in part.weights:
-                old, new = weight_prefix
                 renamed = new + value.name.removeprefix(old) if value.name.startswith(old) else value.name
                 names[value.name] = renamed
-                self.weights.add(renamed)
-                self._declare(renamed, value)
+                self._declare_weight(renamed, value)
         for node in part.model.graph.node:
             copy = self._graph.node.add()
             copy.CopyFrom(node)
@@ -61,20 +63,20 @@ class Stitcher:
             copy.input[:] = [self._name(names, tag, value) for value in node.input]
             copy.output[:] = [self._name(names, tag, value) for value in node.output]
 
-    def model(self, inputs: GraphProto, opset: int = OPSET) -> ModelProto:
-        """The joint model; ``inputs`` carries the typed graph inputs and outputs."""
-        declared = {value.name for value in self._graph.input}
-        self._graph.input.extend(value for value in inputs.input if value.name not in declared)
-        self._graph.output.extend(inputs.output)
-        return helper.make_model(self._graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    def model(self, inputs: Iterable[ValueInfoProto], outputs: Iterable[ValueInfoProto]) -> ModelProto:
+        """The joint model with these inputs (after the weights, which are inputs still) and outputs."""
+        graph = GraphProto()
+        graph.CopyFrom(self._graph)
+        graph.input.extend(inputs)
+        graph.output.extend(outputs)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
 
-    def _declare(self, name: str, like: object) -> None:
-        if name in self._inputs:
-            return
-        self._inputs[name] = TensorProto.FLOAT
-        value = self._graph.input.add()
-        value.CopyFrom(like)  # type: ignore[arg-type]
-        value.name = name
+    def _declare_weight(self, name: str, like: ValueInfoProto) -> None:
+        if name not in self.weights:
+            self.weights.add(name)
+            value = self._graph.input.add()
+            value.CopyFrom(like)
+            value.name = name
 
     def _constant(self, tensor: TensorProto) -> str:
         key = constant_key(tensor)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle that ships with ltxrt, made again from its own weights.
+
+A bundle holds the published files of its model, byte for byte, but for the Gemma folder's configs; those of the tiny
+model follow from its architecture. So the shipped bundle is all that it takes to export the tiny model anew.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from ltxrt.bundle import tiny_bundle_path
+from ltxrt.errors import ExportError
+
+from .exporter import ExportOptions
+from .tiny.config import AUTO_PIXELS, CONTEXT_TOKENS, LICENCE, gemma_config
+from .tiny.tokenizer import VOCABULARY, tokenizer_config
+from .tiny.write import TinyPaths
+
+__all__ = ["TINY_OPTIONS", "shipped_tiny"]
+
+#: How the shipped bundle is exported.
+TINY_OPTIONS = ExportOptions(auto_pixels=AUTO_PIXELS, licence=LICENCE)
+
+
+def shipped_tiny(folder: Path) -> TinyPaths:
+    """The published files of the tiny model: its Gemma folder made in ``folder``, the others where they are.
+
+    Raises:
+        ExportError: The shipped bundle is incomplete, or ``folder`` cannot be written.
+    """
+    bundle = tiny_bundle_path()
+    networks, gemma = bundle / "networks", folder / "gemma"
+    configs = {
+        "config.json": gemma_config(VOCABULARY),
+        "tokenizer_config.json": tokenizer_config(CONTEXT_TOKENS),
+    }
+    try:
+        gemma.mkdir(parents=True)
+        shutil.copyfile(networks / "model.safetensors", gemma / "model.safetensors")
+        shutil.copyfile(bundle / "tokenizer.json", gemma / "tokenizer.json")
+        for name, config in configs.items():
+            (gemma / name).write_text(json.dumps(config), "utf-8")
+    except OSError as error:
+        raise ExportError(f"{error.filename}: the tiny model cannot be copied: {error.strerror}") from error
+    return TinyPaths(networks / "ltx-2.3-tiny.safetensors", gemma, networks / "ltx-2.3-tiny-upscaler.safetensors")
