@@ -11,11 +11,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -262,9 +262,8 @@ def _make(request: Request, output: Path, bundle: Path | None, *, threads: int, 
     pipeline = Pipeline.open(bundle, threads=threads)
     typer.echo(engine_line(pipeline.store.backend, backends()), err=True)
     result: Result | None = None
-    # Closed by name, so that an interruption between two events cleans up too.
-    events = cast("Generator[Progress | Result]", pipeline.render_events(request, output))
-    with closing(events), reporter(STAGES) as progress:
+    # Closing cleans up, also where an interruption comes between two events.
+    with closing(pipeline.render_events(request, output)) as events, reporter(STAGES) as progress:
         for event in events:
             if isinstance(event, Progress):
                 progress.show(event)
@@ -284,15 +283,16 @@ def _emit(text: str) -> None:
     """Write to stdout, file names as the bytes that they are.
 
     Raises:
-        OutputError: stdout cannot be written. A closed pipe is left to typer, which ends quietly with exit code 1.
+        OutputError: stdout cannot be written.
+        typer.Exit: Its reader is gone; exit code 1, without a word.
     """
     try:
         typer.echo(os.fsencode(text))
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise
         # What is still buffered would fail once more, with a traceback, when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise typer.Exit(1) from error
         raise OutputError(f"standard output: cannot be written ({error.strerror})") from error
 
 
@@ -315,7 +315,8 @@ def _failed(error: BaseException, message: str, code: int, arguments: Sequence[s
     line = " ".join(message.split())
     typer.echo(f"error: {line}", err=True)
     if "--json" in arguments:
-        _emit_result(error_json(error, line, code))
+        with suppress(OutputError, typer.Exit):  # the line has been said
+            _emit_result(error_json(error, line, code))
     return code
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
 from ltxrt import cli, errors
 from ltxrt.media import bundled_speech
@@ -139,7 +140,12 @@ def test_generate_json(folder, fake, sound, capsys):
 
 def test_every_field_reaches_the_request(folder, fake, sound, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(Pipeline, "render_events", lambda self, request, output: seen.append(request) or iter(()))
+
+    def stop(_, request, output):
+        seen.append(request)
+        raise errors.EngineError(f"no {output}")
+
+    monkeypatch.setattr(Pipeline, "render_events", stop)
     values = {
         "prompt": "a face",
         "input_audio": str(sound),
@@ -159,13 +165,25 @@ def test_every_field_reaches_the_request(folder, fake, sound, capsys, monkeypatc
         "--num-frames", "33", "--resolution", "square", "--frames-per-second", "30", "--image-strength", "0.25",
         "--no-generate-audio", "--video-quality", "maximum", "--negative-prompt", "blur", "--seed", "11",
     ]  # fmt: skip
-    with pytest.raises(AttributeError):  # the patched pipeline gives no generator, which comes after what we look at
-        cli.run(flags)
+    refused(capsys, flags, 6, "no voice.mp4")
     assert seen == [Request(**values)]
     assert set(values) == set(Request.model_fields)
-    with pytest.raises(AttributeError):
-        cli.run(["generate", "--prompt", "a face", "--audio", str(sound)])
+    refused(capsys, ["generate", "--prompt", "a face", "--audio", str(sound)], 6)
     assert seen[1] == Request(prompt="a face", input_audio=str(sound))
+
+
+def test_flags_of_generate_are_the_contract():
+    command = get_command(cli.app).commands["generate"]
+    flags = {"/".join((*option.opts, *option.secondary_opts)): option.default for option in command.params}
+    fields = {name: field.default for name, field in Request.model_fields.items()}
+    assert set(flags) == {
+        "--audio", "--prompt", "--image", "--match-audio-length/--no-match-audio-length", "--num-frames",
+        "--resolution", "--frames-per-second", "--image-strength", "--generate-audio/--no-generate-audio",
+        "--video-quality", "--negative-prompt", "--seed", "--bundle", "--output", "--overwrite", "--threads", "--json",
+    }  # fmt: skip
+    for name in set(fields) - {"prompt", "input_audio", "input_image"}:
+        flag = "--" + name.replace("_", "-")
+        assert next(default for flag_, default in flags.items() if flag_.startswith(flag)) == fields[name]
 
 
 def test_existing_files_are_kept(folder, fake, sound, capsys):
@@ -406,25 +424,34 @@ def test_full_disk(folder, sound, size):
     assert ran.stdout == "left: \n"
 
 
+def written_to(stdout, *arguments):
+    """Exit code and stderr of ltxrt whose stdout is that file."""
+    command = [sys.executable, "-m", "ltxrt", *arguments]
+    ran = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    return ran.returncode, ran.stderr
+
+
+BAD_REQUEST = ("generate", "--audio", "x", "--prompt", " ", "--json")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_stdout_that_cannot_be_written():
     with Path("/dev/full").open("w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-m", "ltxrt", "presets"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert ran.returncode == 7
-    assert ran.stderr == "error: standard output: cannot be written (No space left on device)\n"
+        message = "error: standard output: cannot be written (No space left on device)\n"
+        assert written_to(full, "presets") == (7, message)
+        code, err = written_to(full, *BAD_REQUEST)
+    assert code == 3
+    assert len(err.splitlines()) == 1
 
 
 def test_closed_pipe():
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run(
-        [sys.executable, "-m", "ltxrt", "presets"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-    )
+    assert written_to(write, "presets") == (1, "")
+    code, err = written_to(write, *BAD_REQUEST)
     os.close(write)
-    assert ran.returncode == 1
-    assert ran.stderr == ""
+    assert code == 3
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("debug", [False, True])
