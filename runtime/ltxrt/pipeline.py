@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .clip_file import ClipFile
+from .clip_file import ClipFile, check_destination
 from .decode import VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
@@ -56,16 +56,16 @@ class Pipeline:
         tokenizer = PromptTokenizer.open(opened.file("tokenizer.json"), opened.manifest.model.context_tokens)
         return cls(opened, EngineStore(opened, threads=threads), tokenizer)
 
-    def generate(self, request: Request) -> Iterator[bytes]:
+    def generate(self, request: Request) -> Generator[bytes]:
         """A playable fragmented MP4, in pieces, while later frames are still being decoded.
 
         The request is checked and its media read before this returns; nothing else runs until the iterator is consumed.
+        Closing the iterator cancels the clip.
 
         Raises:
             LtxrtError: As ``events``.
         """
-        events = self.events(request)
-        return (event.data for event in events if isinstance(event, Fragment))
+        return _fragments(self.events(request))
 
     def render(self, request: Request, output: str | Path) -> Result:
         """Write a faststart MP4, read it back and check it before it gets its name.
@@ -76,22 +76,21 @@ class Pipeline:
             LtxrtError: As ``events``.
         """
         result: Result | None = None
-        for event in self.render_events(request, output):
-            result = event if isinstance(event, Result) else result
+        with closing(self.render_events(request, output)) as events:
+            for event in events:
+                result = event if isinstance(event, Result) else result
         assert result is not None  # events end with it
         return result
 
-    def render_events(self, request: Request, output: str | Path) -> Iterator[Progress | Result]:
-        """``render`` for callers who show progress: the events but for the bytes, which go to the file."""
-        with ClipFile(Path(output)) as file, closing(self.events(request)) as events:
-            for event in events:
-                if isinstance(event, Fragment):
-                    file.append(event.data)
-                elif isinstance(event, Progress):
-                    yield event
-                else:
-                    file.commit(event.expectation)
-                    yield event
+    def render_events(self, request: Request, output: str | Path) -> Generator[Progress | Result]:
+        """``render`` for callers who show progress: the events but for the bytes, which go to the file.
+
+        Destination and request are checked before this returns; nothing is written until the iterator is consumed.
+        Closing the iterator cancels the clip and leaves nothing.
+        """
+        destination = Path(output)
+        check_destination(destination)
+        return _rendered(self.events(request), destination)
 
     def events(self, request: Request) -> Generator[Event]:
         """Progress, fragments and the result of one clip, as they come.
@@ -200,3 +199,21 @@ class Pipeline:
             timings.add_backend("media_encoders", muxer.seconds_encoding)
             if data:
                 yield Fragment(data)
+
+
+def _fragments(events: Generator[Event]) -> Generator[bytes]:
+    with closing(events):
+        for event in events:
+            if isinstance(event, Fragment):
+                yield event.data
+
+
+def _rendered(events: Generator[Event], destination: Path) -> Generator[Progress | Result]:
+    with closing(events), ClipFile(destination) as file:
+        for event in events:
+            if isinstance(event, Fragment):
+                file.append(event.data)
+                continue
+            if isinstance(event, Result):
+                file.commit(event.expectation)
+            yield event
