@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ltxrt.errors import ExportError
 from ltxrt_export import architecture
 
-DATA = Path(__file__).parent / "data"
-PUBLISHED: dict[str, Any] = json.loads((DATA / "ltx-2.3-22b.json").read_text())
-GEMMA: dict[str, Any] = json.loads((DATA / "gemma-3-12b.json").read_text())
+CONFIGS = Path(architecture.__file__).parent / "configs"
+PUBLISHED: dict[str, Any] = json.loads((CONFIGS / "ltx-2.3-22b.json").read_text())
+GEMMA: dict[str, Any] = json.loads((CONFIGS / "gemma-3-12b.json").read_text())
 UPSAMPLER: dict[str, Any] = {
     "in_channels": 128,
     "mid_channels": 1024,
