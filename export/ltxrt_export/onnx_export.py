@@ -30,6 +30,7 @@ from onnx import (
     shape_inference,
 )
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ltxrt.errors import ExportError
 
@@ -110,6 +111,9 @@ def trace(
         dynamic: ``dynamic_shapes`` of ``torch.export.export``.
         names: Graph input and output names.
         constants: Values of non-persistent buffers, needed where the module holds fake tensors.
+
+    Raises:
+        ExportError: A buffer is a fake tensor and has no value in ``constants``.
     """
     with _quiet_exporter(), fake_mode(module):
         exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
@@ -134,6 +138,8 @@ def trace(
             elif constants is not None and name in constants:
                 data = np.ascontiguousarray(constants[name].astype(value.dtype.numpy()))  # type: ignore[union-attr]
                 value.const_value = onnx_ir.Tensor(data, name=name)
+            elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+                raise ExportError(f"{type(module).__name__}: {name} is a fake tensor, and its value is not given")
         program.optimize()
     graph = program.model.graph
     unused = [value for value in graph.inputs if value.name in stored and not value.uses()]
