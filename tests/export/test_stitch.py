@@ -75,7 +75,7 @@ def parts(whole: Whole) -> Mapping[str, TracedGraph]:
     tokens = {1: Dim("n", min=2, max=64)}
     return {
         "head": trace(whole.head, (x,), (tokens,), (["x"], ["value", "offset"])),
-        "block": trace(whole.blocks[0], (x, x), (tokens, tokens), (["value", "offset"], ["value_out"])),
+        "block": trace(whole.blocks[0], (x, x.clone()), (tokens, tokens), (["value", "offset"], ["value_out"])),
     }
 
 
