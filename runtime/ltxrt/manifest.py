@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bundle's ``manifest.json``: what the exporter promises and the runtime relies on."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,9 @@ from .engine import TensorSpec
 __all__ = [
     "NETWORK_NAMES",
     "SCHEMA_VERSION",
+    "EngineEntry",
+    "EngineKey",
+    "EngineProfile",
     "FileEntry",
     "Manifest",
     "ModelEntry",
@@ -66,6 +69,59 @@ class NetworkEntry(_Entry):
     shape_range: dict[str, tuple[int, int]]
 
 
+class EngineProfile(_Entry):
+    """Sizes that an engine serves at full speed: per symbol of the network the smallest, the tuned and the largest."""
+
+    name: str
+    sizes: dict[str, tuple[int, int, int]]
+
+
+class EngineKey(_Entry):
+    """Everything that reaches the engine compiler, in canonical form: equal keys, equal engines.
+
+    Attributes:
+        schema_version: Raised with every change of what the key holds or means.
+        onnx_sha256: Hash of the graph.
+        weights_sha256: Hash of every weight file, sorted by file name.
+        gpu_name: As the driver tells it; two GPUs of one architecture are tuned differently.
+        compute_capability: For example ``9.0``.
+        tensorrt_version: Full version of the compiler.
+        cuda_version: Newest CUDA that the driver serves, for example ``13.0``.
+        profiles: In the order in which the engine numbers them.
+        options: Builder options by name.
+    """
+
+    schema_version: int
+    onnx_sha256: str
+    weights_sha256: tuple[str, ...]
+    gpu_name: str
+    compute_capability: str
+    tensorrt_version: str
+    cuda_version: str
+    profiles: tuple[EngineProfile, ...]
+    options: dict[str, bool | int | str | None]
+
+
+class EngineEntry(_Entry):
+    """One compiled engine.
+
+    Attributes:
+        network: Key of the network in ``Manifest.networks``.
+        file: The plan.
+        layers: JSON of its layers and their precisions.
+        key: What it was made from.
+        key_sha256: Hash of ``key``.
+        built_with: What else was so when it was built, for people.
+    """
+
+    network: str
+    file: str
+    layers: str
+    key: EngineKey
+    key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    built_with: dict[str, str]
+
+
 class StateEntry(_Entry):
     """One cached tensor of the streaming decoder: [1, channels, 0 or 2, h * spatial_scale, w * spatial_scale]."""
 
@@ -116,7 +172,7 @@ class Manifest(_Entry):
 
     ``files`` lists every file but the manifest, by path relative to the bundle. ``networks`` is keyed by content (name,
     precision and hash), and ``presets`` maps each preset to one key per network, so that presets share what is equal.
-    ``engines`` is reserved for compiled engines and their cache keys.
+    ``engines`` are compiled for one GPU each; a network has at most one for a GPU and a TensorRT version.
     """
 
     schema_version: Literal[1] = 1
@@ -124,5 +180,5 @@ class Manifest(_Entry):
     files: dict[str, FileEntry]
     networks: dict[str, NetworkEntry]
     presets: dict[str, dict[NetworkName, str]]
-    engines: dict[str, dict[str, Any]] = {}
+    engines: dict[str, EngineEntry] = {}
     made_with: dict[str, str]
