@@ -14,7 +14,7 @@ from ltxrt_export.weights import TensorRef
 
 __all__ = ["Axis", "NetworkSpec", "Port", "dynamic_shapes", "example_inputs"]
 
-_SYMBOLIC = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
+_SYMBOLIC = re.compile(r"(?:([1-9][0-9]*)\*)?([A-Za-z_]\w*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
