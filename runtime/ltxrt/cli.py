@@ -6,27 +6,20 @@ request's flags come from ``Request``, and ``Request`` checks them, so that ever
 Heavy modules are imported inside the commands, so that ``--help`` and usage errors are instant.
 """
 
-import errno
-import json
-import os
-import signal
-import sys
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.main import get_command
 
-from .cli_report import error_json
-from .errors import LtxrtError, OutputError, shown
+from .cli_process import emit, main_app, run_app
+from .errors import OutputError
 from .request import Request
 
 __all__ = ["app", "main", "run"]
 
-DEMO_PROMPT = (
+_DEMO_PROMPT = (
     "Close-up of a friendly young woman in a sunlit room who looks into the camera and speaks, soft light, 35 mm"
 )
 _DEMO_SIZE = "192x192"
@@ -55,10 +48,6 @@ app = typer.Typer(
 )
 
 
-class Stopped(SystemExit):
-    """A signal asks the run to end; ``code`` is 128 + its number, as shells report it."""
-
-
 def _field(name: str, *flags: str, **options: Any) -> Any:
     """An option for a field of the request."""
     return typer.Option(*flags, help=Request.model_fields[name].description, **options)
@@ -72,7 +61,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from . import __version__
 
-        _emit(f"ltxrt {__version__}")
+        emit([f"ltxrt {__version__}"])
         raise typer.Exit
 
 
@@ -114,7 +103,7 @@ def demo(
     """Make a small clip of the speech that ships with ltxrt."""
     from .media import bundled_speech
 
-    request = Request(prompt=DEMO_PROMPT, input_audio=bundled_speech(), resolution=_DEMO_SIZE, seed=seed)
+    request = Request(prompt=_DEMO_PROMPT, input_audio=bundled_speech(), resolution=_DEMO_SIZE, seed=seed)
     # Nothing but an earlier demo is expected under the name that nobody chose.
     destination = _destination(output or _DEMO_OUTPUT, request, overwrite=overwrite or output is None)
     _make(request, destination, bundle, threads=threads, as_json=as_json)
@@ -184,7 +173,7 @@ def inspect(
     with reporter() as progress:
         for step in hash_large_files(opened):
             progress.show(step)
-    _emit_result(bundle_json(opened) if as_json else bundle_lines(opened))
+    emit(bundle_json(opened) if as_json else bundle_lines(opened))
 
 
 @app.command()
@@ -200,7 +189,7 @@ def verify(
     from .readback import check_clip
 
     report = check_clip(file)
-    _emit_result({"file": str(file), **report_json(report)} if as_json else report_lines(report))
+    emit({"file": str(file), **report_json(report)} if as_json else report_lines(report))
     if not report.ok:
         raise typer.Exit(VerificationError.exit_code)
 
@@ -213,9 +202,9 @@ def doctor(as_json: JsonFlag = False) -> None:
 
     findings = tuple(examine())
     if as_json:
-        _emit_result({"ok": works(findings), "findings": [finding._asdict() for finding in findings]})
+        emit({"ok": works(findings), "findings": [finding._asdict() for finding in findings]})
     else:
-        _emit_result(columns((finding.status, finding.name, finding.detail) for finding in findings))
+        emit(columns((finding.status, finding.name, finding.detail) for finding in findings))
     if not works(findings):
         raise typer.Exit(1)
 
@@ -227,7 +216,7 @@ def presets(as_json: JsonFlag = False) -> None:
     from .preset import load_presets
 
     loaded = load_presets()
-    _emit_result({"presets": [preset_json(preset) for preset in loaded]} if as_json else preset_lines(loaded))
+    emit({"presets": [preset_json(preset) for preset in loaded]} if as_json else preset_lines(loaded))
 
 
 def _destination(output: Path, request: Request, *, overwrite: bool) -> Path:
@@ -272,69 +261,14 @@ def _make(request: Request, output: Path, bundle: Path | None, *, threads: int, 
     assert result is not None  # events end with it
     for line in result_lines(result, output.stat().st_size):
         typer.echo(line, err=True)
-    _emit_result({"output": str(output), **result.as_json()} if as_json else [str(output)])
-
-
-def _emit_result(result: dict[str, Any] | Iterable[str]) -> None:
-    _emit(json.dumps(result, indent=2) if isinstance(result, dict) else "\n".join(result))
-
-
-def _emit(text: str) -> None:
-    """Write to stdout, file names as the bytes that they are.
-
-    Raises:
-        OutputError: stdout cannot be written.
-        typer.Exit: Its reader is gone; exit code 1, without a word.
-    """
-    try:
-        typer.echo(os.fsencode(text))
-    except OSError as error:
-        # What is still buffered would fail once more, with a traceback, when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            raise typer.Exit(1) from error
-        raise OutputError(f"standard output: cannot be written ({error.strerror})") from error
+    emit({"output": str(output), **result.as_json()} if as_json else [str(output)])
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors of ltxrt's own become one line on stderr."""
-    try:
-        # Not app(...) itself, which would put typer's own hook in the place of ours.
-        code = get_command(app).main(list(arguments), prog_name="ltxrt", standalone_mode=False)
-    except LtxrtError as error:
-        return _failed(error, str(error), error.exit_code, arguments)
-    except typer.TyperException as error:
-        return _failed(error, f"{error.format_message()} (see ltxrt --help)", error.exit_code, arguments)
-    except Stopped as stop:
-        code = int(str(stop.code))
-        return _failed(stop, f"stopped by {signal.Signals(code - 128).name}, nothing is left behind", code, arguments)
-    return code if isinstance(code, int) else 0
-
-
-def _failed(error: BaseException, message: str, code: int, arguments: Sequence[str]) -> int:
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
-    if "--json" in arguments:
-        with suppress(OutputError, typer.Exit):  # the line has been said
-            _emit_result(error_json(error, line, code))
-    return code
-
-
-def _internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What ``sys.excepthook`` shows for an exception that nobody foresaw; the exit code is 1."""
-    message = f"internal error: {shown(error)} (ltxrt --debug ... shows where; please report it)"
-    _failed(error, message, 1, sys.argv[1:])
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(128 + number)
+    return run_app(app, "ltxrt", arguments)
 
 
 def main() -> NoReturn:
     """Entry point of ``ltxrt``."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs of a script ignore some
-            signal.signal(number, _stop)
-    if "--debug" not in sys.argv:
-        sys.excepthook = _internal_error
-    sys.exit(run(sys.argv[1:]))
+    main_app(app, "ltxrt")
