@@ -135,6 +135,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Idle workers would otherwise spin for the next operator while the video encoder wants the core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Its int8 fusions take FP8 for int8 where fp32 surrounds it, and then refuse to load the graph.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
