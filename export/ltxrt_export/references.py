@@ -64,6 +64,9 @@ def _text_encoder(sources: ModelSources, spec: NetworkSpec) -> Reference:
     model: Any = sources.text_encoder.component().load()
     connectors: Any = sources.checkpoint.component("connectors").load()
     context = sources.text_encoder.context_length
+    # transformers rounds this factor to the dtype of the weights: to bf16 in the published runs, but not in fp32.
+    factor = model.embed_tokens.embed_scale
+    factor.copy_(factor.bfloat16())
 
     def feeds(sizes: Sizes, seed: int) -> dict[str, NDArray[Any]]:
         generator = np.random.Generator(np.random.Philox(key=seed))

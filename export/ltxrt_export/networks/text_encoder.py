@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Gemma3TextModel
 
+from ltxrt.errors import ExportError
 from ltxrt_export.weights import TensorRef
 
 from .attention import gated_attention, rms_norm, rotate_split, split_heads
@@ -136,8 +137,16 @@ def spec(
         connectors: Feature extractor and connectors.
         weights: Stored tensors of ``text_model`` and of ``connectors``.
         context_tokens: Length of the contexts; the registers divide it.
+
+    Raises:
+        ExportError: The sliding window is shorter than a context, so that leaving it out would not be exact.
     """
     config: Any = connectors.config
+    window = text_model.config.sliding_window
+    if window is not None and window < context_tokens:
+        raise ExportError(
+            f"text_config.sliding_window = {window} is not supported; supported: at least {context_tokens}, the context"
+        )
     gemma, connector = weights
     return NetworkSpec(
         name="text_encoder",
