@@ -20,6 +20,7 @@ from ltxrt.bundle import file_sha256
 from ltxrt.errors import ExportError, OutputError
 from ltxrt.manifest import FileEntry, Manifest, ModelEntry, NetworkEntry, TensorEntry
 
+from . import disk
 from .networks.spec import NetworkSpec
 from .onnx_export import OPSET, check_graph
 
@@ -44,6 +45,7 @@ class BundleWriter:
         self._weights: dict[Path, str] = {}
         self._networks: dict[str, NetworkEntry] = {}
         self._hashes: dict[Path, str] = {}
+        self._placed: set[Path] = set()
         # Outermost last; what this writer did not make is not its to remove.
         self._made: list[Path] = []
         with _written(destination):
@@ -82,11 +84,38 @@ class BundleWriter:
                 raise ExportError(f"{path}: another weight file of that name is part of the bundle already")
         return self._weights[path]
 
+    def plan_weights(self, files: Iterable[Path]) -> disk.WeightPlan:
+        """What the weight files will take on this disk.
+
+        Raises:
+            ExportError: A file cannot be read.
+            OutputError: The bundle cannot be written.
+        """
+        with _written(self._destination):
+            return disk.plan_weights(files, self._folder / _NETWORKS)
+
+    def add_weights(self, path: Path) -> Generator[int]:
+        """Put a weight file beside the graphs, shared with its source where the disk can do it, and hash it.
+
+        It is read once, whoever asks for its hash later; yields the bytes read so far.
+
+        Raises:
+            ExportError: It cannot be read.
+            OutputError: It cannot be written.
+        """
+        if path in self._placed:
+            return
+        relative = f"{_NETWORKS}/{self.location(path)}"
+        target = self._folder / relative
+        with _written(self._destination / relative):
+            shared = disk.share(path, target)
+            self._hashes[path] = yield from disk.hashed(path, None if shared else target)
+        self._placed.add(path)
+
     def add_network(self, spec: NetworkSpec, model: ModelProto, precision: str) -> str:
         """Write a graph with the weight files that it points to, check it, and return its key.
 
-        The key is name, precision and a hash of graph and weights. Weight files are copied, once each: ONNX takes
-        neither a symbolic nor a hard link.
+        The key is name, precision and a hash of graph and weights.
 
         Raises:
             ExportError: The graph is not valid ONNX.
@@ -97,8 +126,9 @@ class BundleWriter:
         digest = hashlib.sha256(data)
         for path, name in sorted(self._weights.items(), key=lambda item: item[1]):
             if name in weights:
+                for _ in self.add_weights(path):
+                    pass
                 digest.update(self.sha256(path).encode())
-                self._copy(path, f"{_NETWORKS}/{name}")
         key = f"{spec.name}-{precision}-{digest.hexdigest()[:12]}"
         self._write(f"{_NETWORKS}/{key}.onnx", data)
         self._networks[key] = NetworkEntry(
@@ -144,8 +174,12 @@ class BundleWriter:
         Raises:
             OutputError: It cannot be written; a bundle that was to be replaced is still there.
         """
+        hashes = {self._folder / _NETWORKS / self._weights[path]: self._hashes[path] for path in self._placed}
         with _written(self._destination):
-            files = {path.relative_to(self._folder).as_posix(): _entry(path) for path in _files(self._folder)}
+            files = {
+                path.relative_to(self._folder).as_posix(): _entry(path, hashes.get(path))
+                for path in _files(self._folder)
+            }
         manifest = Manifest(
             model=model,
             files=files,
@@ -228,8 +262,8 @@ def _files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+def _entry(path: Path, sha256: str | None) -> FileEntry:
+    return FileEntry(sha256=sha256 or file_sha256(path), bytes=path.stat().st_size)
 
 
 def _is_external(tensor: TensorProto) -> bool:

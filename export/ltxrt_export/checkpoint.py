@@ -55,14 +55,20 @@ class Component:
         """
         with _SkipInit():
             module = self.build()
-        module.load_state_dict(self._tensors(dtype), strict=True, assign=True)
+        module.load_state_dict(self.tensors(self.weights, dtype), strict=True, assign=True)
         return module.eval().requires_grad_(False)
 
-    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Some of its tensors alone, by module name, in ``dtype``, on the CPU.
+
+        Raises:
+            ExportError: They cannot be read.
+        """
         tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
-            for name, ref in self.weights.items():
+            for name in names:
+                ref = self.weights[name]
                 try:
                     if ref.path not in files:
                         files[ref.path] = stack.enter_context(safe_open(ref.path, framework="pt"))

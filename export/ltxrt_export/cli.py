@@ -110,20 +110,23 @@ def _export(sources: "Sources", out: Path, options: "ExportOptions", *, as_json:
 
     from .exporter import export_bundle
 
+    stages = ("weights", *NETWORK_NAMES, "manifest")
     rows: list[dict[str, Any]] = []
     running: str | None = None
     # Closed by name, so that an interruption between two steps cleans up too.
-    with closing(export_bundle(sources, out, options)) as steps, reporter((*NETWORK_NAMES, "manifest")) as progress:
+    with closing(export_bundle(sources, out, options)) as steps, reporter(stages) as progress:
         for step in steps:
-            if running is not None:
+            if running not in (None, step.description):
                 progress.show(Progress(running, 1, 1))
+            if step.note:
+                typer.echo(step.note, err=True)
             for row in step.rows:
                 sizes = " ".join(f"{name}={size}" for name, size in row.sizes.items())
                 typer.echo(f"  {row.output} at {sizes}: {row.error:.2e} {row.unit}", err=True)
                 rows.append(asdict(row))
             running = step.description if step.index < step.total else None
             if running is not None:
-                progress.show(Progress(running, 0, 1))
+                progress.show(Progress(running, step.done, step.size))
     typer.echo(json.dumps({"bundle": str(out), "parity": rows}, indent=2) if as_json else str(out))
 
 

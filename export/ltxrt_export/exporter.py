@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint to bundle: every network traced, checked against its torch class, and written with its manifest."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from .parity import ParityRow, check_network
 __all__ = ["ExportOptions", "ExportStep", "Sources", "export_bundle"]
 
 PRECISION = "fp32"
+_PROGRESS_BYTES = 1024**3
 #: CRF of the first frame's re-compression for models before 2.4 (ltx_pipelines/utils/constants.py).
 _IMAGE_CRF = 33
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
@@ -72,12 +73,20 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExportStep:
-    """Progress: step ``index`` of ``total`` begins; ``rows`` are the parity figures of the one before, if any."""
+    """Progress: step ``index`` of ``total`` begins, or has got as far as ``done`` of ``size``.
+
+    Attributes:
+        rows: Parity figures of the step before, if any.
+        note: A line for the user: before the first step, what the bundle will take on the disk.
+    """
 
     index: int
     total: int
     description: str
     rows: tuple[ParityRow, ...] = ()
+    note: str = ""
+    done: int = 0
+    size: int = 1
 
 
 def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -> Generator[ExportStep]:
@@ -89,22 +98,38 @@ def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -
         ExportError: A network cannot be exported, is not valid ONNX or misses its parity limit.
         OutputError: The bundle cannot be written.
     """
-    total = len(NETWORK_NAMES) + 1
+    total = len(NETWORK_NAMES) + 2
     with BundleWriter(destination, overwrite=options.overwrite) as writer:
         specs, stream = network_specs(sources, options.semantics)
+        files = sorted({ref.path for spec in specs.values() for ref in spec.weights.values()})
+        plan = writer.plan_weights(files)
+        plan.check()
+        yield ExportStep(0, total, "weights", note=str(plan))
+        yield from (ExportStep(0, total, "weights", done=done, size=size) for done, size in _placed(writer, files))
         keys: dict[str, str] = {}
         rows: tuple[ParityRow, ...] = ()
-        for index, name in enumerate(NETWORK_NAMES):
+        for index, name in enumerate(NETWORK_NAMES, start=1):
             yield ExportStep(index, total, name, rows)
             spec = specs[name]
             export = export_denoiser if name == "denoiser" else export_model
             keys[name] = writer.add_network(spec, export(spec, writer.location), PRECISION)
             rows = tuple(check_network(sources, spec, writer.path_of(keys[name]))) if options.check else ()
-        yield ExportStep(len(NETWORK_NAMES), total, "manifest", rows)
+        yield ExportStep(total - 1, total, "manifest", rows)
         writer.add_tokenizer(sources.text_encoder.tokenizer_path)
         writer.add_tables(tables(sources))
         _commit(writer, sources, options, keys, stream)
     yield ExportStep(total, total, "done")
+
+
+def _placed(writer: BundleWriter, files: Sequence[Path]) -> Generator[tuple[int, int]]:
+    """Put the weight files beside the graphs: megabytes done and in all, every gigabyte."""
+    sizes = [file.stat().st_size for file in files]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        for done in writer.add_weights(file):
+            if done == size or done % _PROGRESS_BYTES == 0:
+                yield (before + done) // 10**6, max(1, sum(sizes) // 10**6)
+        before += size
 
 
 def network_specs(sources: Sources, semantics: Semantics) -> tuple[Mapping[str, NetworkSpec], StreamEntry]:
@@ -160,7 +185,7 @@ def tables(sources: Sources) -> dict[str, NDArray[Any]]:
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     cross = int(config["audio_cross_attention_dim"])
     full = load_preset("high")
-    statistics = sources.checkpoint.component("video_vae").load().state_dict()
+    statistics = sources.checkpoint.component("video_vae").tensors(("latents_mean", "latents_std"))
     return {
         "rope_video": _frequencies(theta, width // 6),
         "rope_cross": _frequencies(theta, cross // 2),

@@ -159,9 +159,10 @@ def _unread(config: Mapping[str, Any]) -> dict[str, Layout]:
     """Audio decoder and vocoder. The vocoder's class has the published one's sizes as its defaults."""
     with torch.device("meta"):
         options = dict(architecture.audio_vae(config).config)
-        audio = AutoencoderKLLTX2Audio.from_config(options).state_dict()
+        # The loader's own module leaves the decoder out.
+        audio: Any = AutoencoderKLLTX2Audio.from_config(options)
         vocoder = LTX2VocoderWithBWE().state_dict()
-    stored = {f"audio_vae.{name}": value for name, value in audio.items() if name.startswith("decoder.")}
+    stored = {f"audio_vae.{name}": value for name, value in audio.state_dict().items() if name.startswith("decoder.")}
     for name, value in vocoder.items():
         segments = ".".join(_VOCODER_SEGMENTS.get(segment, segment) for segment in name.split("."))
         stored[f"vocoder.{segments.replace('downsample.filter', 'downsample.lowpass.filter')}"] = value
