@@ -75,11 +75,12 @@ def check_network(sources: "Sources", spec: NetworkSpec, path: Path) -> Iterator
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Relative L2 error; infinite where the shapes differ or a value is not finite."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
+    """Relative L2 error; infinite where the shapes differ or a value on either side is not finite."""
+    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return float("inf")
-    difference = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
-    return float(difference / max(np.linalg.norm(np.asarray(expected, np.float64)), 1e-30))
+    wanted = np.asarray(expected, np.float64)
+    difference = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+    return float(difference / max(np.linalg.norm(wanted), 1e-30))
 
 
 def _row(network: str, name: str, sizes: Mapping[str, int], found: NDArray[Any], expected: NDArray[Any]) -> ParityRow:

@@ -9,11 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
-from ltxrt.bundle import tiny_bundle_path
+from ltxrt.bundle import Bundle
 from ltxrt.errors import ExportError
 
 from .exporter import ExportOptions
-from .tiny.config import AUTO_PIXELS, CONTEXT_TOKENS, LICENCE, gemma_config
+from .tiny.config import AUTO_PIXELS, LICENCE, gemma_config
 from .tiny.tokenizer import VOCABULARY, tokenizer_config
 from .tiny.write import TinyPaths
 
@@ -27,18 +27,19 @@ def shipped_tiny(folder: Path) -> TinyPaths:
     """The published files of the tiny model: its Gemma folder made in ``folder``, the others where they are.
 
     Raises:
-        ExportError: The shipped bundle is incomplete, or ``folder`` cannot be written.
+        BundleError: The shipped bundle is damaged.
+        ExportError: A file cannot be copied into ``folder``.
     """
-    bundle = tiny_bundle_path()
-    networks, gemma = bundle / "networks", folder / "gemma"
+    bundle = Bundle.open()
+    networks, gemma = bundle.path / "networks", folder / "gemma"
     configs = {
         "config.json": gemma_config(VOCABULARY),
-        "tokenizer_config.json": tokenizer_config(CONTEXT_TOKENS),
+        "tokenizer_config.json": tokenizer_config(bundle.manifest.model.context_tokens),
     }
     try:
         gemma.mkdir(parents=True)
         shutil.copyfile(networks / "model.safetensors", gemma / "model.safetensors")
-        shutil.copyfile(bundle / "tokenizer.json", gemma / "tokenizer.json")
+        shutil.copyfile(bundle.file("tokenizer.json"), gemma / "tokenizer.json")
         for name, config in configs.items():
             (gemma / name).write_text(json.dumps(config), "utf-8")
     except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random models of the denoiser and their inputs."""
+"""The shipped model, opened for export, and small random models of the denoiser with their inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,8 +13,12 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3
 from ltxrt.rope import RopeGrid, rope_tables
 from ltxrt.shapes import LatentShape
 from ltxrt_export import architecture, keys
+from ltxrt_export.exporter import Sources, network_specs
+from ltxrt_export.networks.denoiser import Semantics
+from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.tiny.config import checkpoint_config
 from ltxrt_export.tiny.weights import random_tensor
+from ltxrt_export.tiny_bundle import shipped_tiny
 
 #: Frames a second of every test of the denoiser.
 RATE = Fraction(24)
@@ -22,6 +26,19 @@ RATE = Fraction(24)
 CONTEXT = 6
 
 Feeds = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def shipped_sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """The tiny model's files as the shipped bundle holds them."""
+    paths = shipped_tiny(tmp_path_factory.mktemp("shipped"))
+    return Sources.open(paths.checkpoint, paths.text_encoder, paths.upsampler)
+
+
+@pytest.fixture(scope="session")
+def shipped_specs(shipped_sources: Sources) -> Mapping[str, NetworkSpec]:
+    """Its six networks, on fake tensors."""
+    return network_specs(shipped_sources, Semantics.R3)[0]
 
 
 @pytest.fixture(scope="session")
