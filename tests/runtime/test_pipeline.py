@@ -12,6 +12,7 @@ import types
 import wave
 from contextlib import suppress
 from fractions import Fraction
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -24,19 +25,10 @@ from ltxrt.preset import load_preset
 from ltxrt.readback import check_clip
 from ltxrt.request import Request
 from ltxrt.result import STAGES, Fragment, Progress, Result
-from ltxrt.testing import fake_engines, fake_pipeline
+from ltxrt.testing import FakeCapture, fake_engines, fake_pipeline
 
-RATES = {
-    1: Fraction(1),
-    12.5: Fraction(25, 2),
-    23.976: Fraction(24000, 1001),
-    24: Fraction(24),
-    25: Fraction(25),
-    29.97: Fraction(30000, 1001),
-    30: Fraction(30),
-    59.94: Fraction(60000, 1001),
-    60: Fraction(60),
-}
+NTSC = {23.976: Fraction(24000, 1001), 29.97: Fraction(30000, 1001), 59.94: Fraction(60000, 1001)}
+RATES = {**{rate: Fraction(rate) for rate in (1, 12.5, 24, 25, 30, 60)}, **NTSC}
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +80,7 @@ class Failing:
         return self._engine.run(feeds)
 
     def capture(self, feeds):
-        return FailingCapture(self, feeds)
-
-
-class FailingCapture:
-    def __init__(self, engine, feeds):
-        self._engine, self.inputs, self.outputs = engine, {name: value.copy() for name, value in feeds.items()}, {}
-
-    def replay(self):
-        self.outputs = self._engine.run(self.inputs)
+        return FakeCapture(self, {name: value.copy() for name, value in feeds.items()})
 
 
 # --- clips ---
@@ -182,10 +166,7 @@ def test_every_preset_takes_its_own_steps(pipeline, speech, quality):
     made = request(speech, video_quality=quality, match_audio_length=False, num_frames=9)
     *_, result = kept.events(made)
     taken = [(float(call["sigma"][0]), float(call["sigma_next"][0])) for call in engines.denoiser.calls]
-    expected = [
-        *zip(preset.stage_1_sigmas[:-1], preset.stage_1_sigmas[1:], strict=True),
-        *zip(preset.stage_2_sigmas[:-1], preset.stage_2_sigmas[1:], strict=True),
-    ]
+    expected = [*pairwise(preset.stage_1_sigmas), *pairwise(preset.stage_2_sigmas)]
     np.testing.assert_array_equal(taken, np.float32(expected))
     assert result.video_quality == quality
 
@@ -213,25 +194,11 @@ def test_the_result_tells_what_was_done(pipeline, speech):
     assert plain["engine"] == "onnxruntime-cpu"
     assert [note.split(" ")[0] for note in plain["notes"]] == ["negative_prompt", "audio", "prompt"]
     assert plain["notes"][-1] == "prompt cut by 15 tokens to the model's context"
-    assert list(plain["stage_seconds"]) == [
-        "plan",
-        "load",
-        "encode",
-        "denoise_1",
-        "upsample",
-        "denoise_2",
-        "decode",
-        "mux",
-    ]
+    stages = ["plan", "load", "encode", "denoise_1", "upsample", "denoise_2", "decode", "mux"]
+    assert list(plain["stage_seconds"]) == stages
     assert sum(plain["stage_seconds"].values()) <= plain["wall_seconds"] + 1e-3
-    assert set(plain["backend_seconds"]) == {
-        "text_encoder",
-        "audio_encoder",
-        "denoiser",
-        "upsampler",
-        "video_decoder",
-        "media_encoders",
-    }
+    networks = {"text_encoder", "audio_encoder", "denoiser", "upsampler", "video_decoder"}
+    assert set(plain["backend_seconds"]) == {*networks, "media_encoders"}
 
 
 def test_a_seed_that_was_drawn_is_told(pipeline, speech):
@@ -287,19 +254,20 @@ def test_a_closed_clip_stops(pipeline, speech, tmp_path, method):
 
 # --- refusals ---
 
-BAD = [
-    ({"input_audio": "missing.wav"}, MediaError, "does not exist"),
-    ({"input_image": "missing.png"}, MediaError, "does not exist"),
-    ({"input_audio": __file__}, MediaError, "is not audio"),
-]
 
-
-@pytest.mark.parametrize(("fields", "error", "message"), BAD)
+@pytest.mark.parametrize(
+    ("field", "path", "problem"),
+    [
+        ("input_audio", "missing.wav", "does not exist"),
+        ("input_image", "missing.png", "does not exist"),
+        ("input_audio", __file__, "is not audio"),
+    ],
+)
 @pytest.mark.parametrize("method", ["events", "generate", "render_events", "render"])
-def test_bad_requests_are_refused_at_the_call(pipeline, speech, tmp_path, method, fields, error, message):
+def test_bad_media_is_refused_at_the_call(pipeline, speech, tmp_path, method, field, path, problem):
     arguments = (tmp_path / "clip.mp4",) if method.startswith("render") else ()
-    made = request(speech, **fields)
-    with pytest.raises(error, match=message):
+    made = request(speech, **{field: path})
+    with pytest.raises(MediaError, match=problem):
         getattr(pipeline, method)(made, *arguments)  # not consumed
     assert list(tmp_path.iterdir()) == []
 
@@ -348,7 +316,7 @@ def test_what_fails_on_the_way_leaves_nothing(pipeline, speech, tmp_path, networ
     output.write_bytes(b"an earlier clip")
     with pytest.raises(type(error)):
         kept.render(request(speech, match_audio_length=False, num_frames=41), output)
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    assert list(tmp_path.iterdir()) == [output]
     assert output.read_bytes() == b"an earlier clip"
 
 

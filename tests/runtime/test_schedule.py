@@ -25,6 +25,11 @@ def test_every_preset_fits_the_distilled_checkpoint(width):
         check_sigmas(preset.stage_2_sigmas, [float(sigma) for sigma in np.array(STAGE_2, width)], preset.name)
 
 
+@pytest.mark.parametrize("wanted", [STAGE_1, STAGE_1[4:], STAGE_1[::2], (1.0, 0.0), (0.421875, 0.0)])
+def test_falling_parts_are_taken(wanted):
+    check_sigmas(wanted, STAGE_1, "preset low, stage 1")
+
+
 @pytest.mark.parametrize(
     "wanted",
     [

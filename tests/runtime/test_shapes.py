@@ -91,6 +91,8 @@ def test_half_a_canvas_is_on_the_grid(height, width):
         (30, Fraction(30)),
         (60, Fraction(60)),
         (59.9999999, Fraction(60)),
+        (float(Fraction(1002, 1001)), Fraction(1002, 1001)),
+        (float(Fraction(1003, 1002)), Fraction(1002, 1001)),
     ],
 )
 def test_frame_rates(decimal, exact):
