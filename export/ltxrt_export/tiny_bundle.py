@@ -24,7 +24,7 @@ TINY_OPTIONS = ExportOptions(auto_pixels=AUTO_PIXELS, licence=LICENCE)
 
 
 def shipped_tiny(folder: Path) -> TinyPaths:
-    """The published files of the tiny model: its Gemma folder made in ``folder``, the others where they are.
+    """The published files of the tiny model, copied into ``folder`` (what is exported may share its weight files).
 
     Raises:
         BundleError: The shipped bundle is damaged.
@@ -32,16 +32,23 @@ def shipped_tiny(folder: Path) -> TinyPaths:
     """
     bundle = Bundle.open()
     networks, gemma = bundle.path / "networks", folder / "gemma"
+    paths = TinyPaths(folder / "ltx-2.3-tiny.safetensors", gemma, folder / "ltx-2.3-tiny-upscaler.safetensors")
+    copies = {
+        networks / paths.checkpoint.name: paths.checkpoint,
+        networks / paths.upsampler.name: paths.upsampler,
+        networks / "model.safetensors": gemma / "model.safetensors",
+        bundle.file("tokenizer.json"): gemma / "tokenizer.json",
+    }
     configs = {
         "config.json": gemma_config(VOCABULARY),
         "tokenizer_config.json": tokenizer_config(bundle.manifest.model.context_tokens),
     }
     try:
         gemma.mkdir(parents=True)
-        shutil.copyfile(networks / "model.safetensors", gemma / "model.safetensors")
-        shutil.copyfile(bundle.file("tokenizer.json"), gemma / "tokenizer.json")
+        for source, target in copies.items():
+            shutil.copyfile(source, target)
         for name, config in configs.items():
             (gemma / name).write_text(json.dumps(config), "utf-8")
     except OSError as error:
         raise ExportError(f"{error.filename}: the tiny model cannot be copied: {error.strerror}") from error
-    return TinyPaths(networks / "ltx-2.3-tiny.safetensors", gemma, networks / "ltx-2.3-tiny-upscaler.safetensors")
+    return paths

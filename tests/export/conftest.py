@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped model, opened for export, and small random models of the denoiser with their inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,12 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3
 from ltxrt.rope import RopeGrid, rope_tables
 from ltxrt.shapes import LatentShape
 from ltxrt_export import architecture, keys
-from ltxrt_export.exporter import Sources, network_specs
+from ltxrt_export.exporter import ExportStep, Sources, export_bundle, network_specs
 from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.tiny.config import checkpoint_config
 from ltxrt_export.tiny.weights import random_tensor
-from ltxrt_export.tiny_bundle import shipped_tiny
+from ltxrt_export.tiny_bundle import TINY_OPTIONS, shipped_tiny
 
 #: Frames a second of every test of the denoiser.
 RATE = Fraction(24)
@@ -39,6 +41,21 @@ def shipped_sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 def shipped_specs(shipped_sources: Sources) -> Mapping[str, NetworkSpec]:
     """Its six networks, on fake tensors."""
     return network_specs(shipped_sources, Semantics.R3)[0]
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """A bundle that was exported in this session, and what the exporter reported."""
+
+    path: Path
+    steps: Sequence[ExportStep]
+
+
+@pytest.fixture(scope="session")
+def regenerated(shipped_sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Regenerated:
+    """The shipped bundle exported anew, with every check: minutes, so once for all tests."""
+    path = tmp_path_factory.mktemp("regenerated") / "tiny"
+    return Regenerated(path, list(export_bundle(shipped_sources, path, TINY_OPTIONS)))
 
 
 @pytest.fixture(scope="session")
