@@ -16,12 +16,14 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ltxrt.errors import EngineError, OutputError
 from ltxrt.manifest import FileEntry, NetworkEntry
 
 from .cache_key import BuildOptions, canonical_options
+from .constants import fold_convolutions
 from .environment import Toolchain
 from .layers import layer_report
 from .plan_file import PlanFile, plan_writer, write_whole
@@ -153,6 +155,8 @@ class _Compilation:
         self.log = _Log()
         self.logger = self.log.logger(self.trt)
         self.monitor = progress_monitor(self.trt, progress)
+        #: Weights that were computed for the parser, which reads them as long as it lives.
+        self._folded: dict[str, NDArray[Any]] = {}
 
     def run(self) -> BuiltPlan:
         model = load_graph(self.job.graph)
@@ -195,11 +199,15 @@ class _Compilation:
         """The graph into TensorRT's network, its external weights by address."""
         if self.options["decomposed_attention"]:
             allow_decomposed_attention(model)
+        folded = self._folded = fold_convolutions(model, weights.value)
         loaded = parser.load_model_proto(model.SerializeToString(), str(self.job.graph))
-        for tensor in weights.tensors if loaded else ():
-            if not parser.load_initializer(tensor.name, weights.address(tensor), tensor.nbytes):
+        used = {tensor.name for tensor in model.graph.initializer}
+        places = [(t.name, weights.address(t), t.nbytes) for t in weights.tensors if t.name in used]
+        places += [(name, int(value.ctypes.data), value.nbytes) for name, value in folded.items()]
+        for name, address, nbytes in places if loaded else ():
+            if not parser.load_initializer(name, address, nbytes):
                 raise EngineError(
-                    f"{self.job.key}: TensorRT's parser refuses weight {tensor.name} ({tensor.nbytes} bytes): "
+                    f"{self.job.key}: TensorRT's parser refuses weight {name} ({nbytes} bytes): "
                     f"{self._last_error('no reason given')}"
                 )
         if not loaded or not parser.parse_model_proto():

@@ -24,14 +24,7 @@ __all__ = ["ExternalTensor", "MappedWeights", "compiled_weight_bytes", "external
 
 @dataclass(frozen=True, slots=True)
 class ExternalTensor:
-    """One initializer whose data lies in a file.
-
-    Attributes:
-        name: Initializer name.
-        path: The file.
-        offset: First byte.
-        nbytes: Length in bytes.
-    """
+    """One initializer whose data lies in a file: name, file, first byte, length in bytes."""
 
     name: str
     path: Path
@@ -112,6 +105,12 @@ class MappedWeights:
     def address(self, tensor: ExternalTensor) -> int:
         """Address of a tensor's first byte."""
         return int(self._files[tensor.path].ctypes.data) + tensor.offset
+
+    def value(self, proto: TensorProto) -> NDArray[Any]:
+        """A tensor's value, without a copy."""
+        tensor = next(tensor for tensor in self.tensors if tensor.name == proto.name)
+        data = self._files[tensor.path][tensor.offset : tensor.offset + tensor.nbytes]
+        return data.view(helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(tuple(proto.dims))
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
