@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from ltxrt.errors import ExportError, shown
 from ltxrt_export import architecture, keys, vae_blocks
-from ltxrt_export.weights import TensorFile, TensorRef
+from ltxrt_export.kinds import Kind, require_kind
+from ltxrt_export.weights import TensorFile, TensorRef, few, folder_tensors, read_json
 
 __all__ = ["SUPPORTED_GENERATION", "Checkpoint", "Component", "Gemma", "Upsampler"]
 
@@ -30,7 +31,6 @@ SUPPORTED_GENERATION = (2, 3)
 MAX_CONTEXT_TOKENS = 1024
 
 _DTYPES = ("BF16", "F16", "F32")
-_NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,18 @@ class Checkpoint:
         return self.path.stem
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
+    def open(cls, path: Path, *, allow_dev: bool = False) -> "Checkpoint":
         """Read the header, check the version, that the config is whole and that every tensor is known.
 
+        Args:
+            path: The file.
+            allow_dev: Take the dev checkpoint too, for a LoRA that makes it a distilled one.
+
         Raises:
-            ExportError: The file is missing, damaged, of another generation, or holds unknown tensors.
+            ExportError: The file is missing, damaged, of another kind or generation, or holds unknown tensors.
         """
         file = TensorFile.open(path)
+        require_kind(file, Kind.DISTILLED, *((Kind.DEV,) if allow_dev else ()))
         config = _embedded_config(file)
         version = file.metadata.get("model_version", config.get("model_version"))
         _check_version(path, version)
@@ -115,7 +120,7 @@ class Checkpoint:
             key for key in file.tensors if keys.component_of(key) is None and not key.startswith(keys.UNREAD_PREFIXES)
         ]
         if unknown:
-            raise ExportError(f"{path}: {len(unknown)} tensors of no known component ({_few(unknown)})")
+            raise ExportError(f"{path}: {len(unknown)} tensors of no known component ({few(unknown)})")
         return cls(path, str(version), config, file)
 
     def component(self, name: str) -> Component:
@@ -206,8 +211,10 @@ class Gemma:
         Raises:
             ExportError: A file is missing or damaged, or the shards are not those of the index.
         """
-        config = _read_json(folder / "config.json")
-        tokenizer = _read_json(folder / "tokenizer_config.json")
+        if folder.is_file():
+            raise ExportError(f"{folder}: this is a file; allowed: the folder of Gemma 3, with its config.json")
+        config = read_json(folder / "config.json")
+        tokenizer = read_json(folder / "tokenizer_config.json")
         if not (folder / "tokenizer.json").is_file():
             raise ExportError(f"{folder / 'tokenizer.json'}: cannot be read: No such file")
         limit = tokenizer.get("model_max_length")
@@ -215,7 +222,7 @@ class Gemma:
             raise ExportError(
                 f"{folder / 'tokenizer_config.json'}: model_max_length = {shown(limit)}; allowed: at least 1"
             )
-        return cls(folder, config, _gemma_tensors(folder), int(min(limit, MAX_CONTEXT_TOKENS)))
+        return cls(folder, config, folder_tensors(folder, "model"), int(min(limit, MAX_CONTEXT_TOKENS)))
 
     def component(self) -> Component:
         """The language model, named ``text_model``; vision tower, projector and lm_head are left unread.
@@ -248,9 +255,10 @@ class Upsampler:
         """Read the header.
 
         Raises:
-            ExportError: The file is missing, damaged or has no config.
+            ExportError: The file is missing, damaged, of another kind or has no config.
         """
         file = TensorFile.open(path)
+        require_kind(file, Kind.UPSAMPLER)
         return cls(path, _embedded_config(file), file)
 
     def component(self) -> Component:
@@ -297,7 +305,7 @@ def _paired(
     shapes = [f"{ref.key} {list(ref.shape)} for {list(shape)}" for ref, shape in both if ref.shape != shape]
     dtypes = [f"{ref.key} {ref.dtype}" for ref, _ in both if ref.dtype not in _DTYPES]
     problems = [
-        f"{len(names)} tensors {what} ({_few(names)})"
+        f"{len(names)} tensors {what} ({few(names)})"
         for names, what in (
             (missing, "missing"),
             (unexpected, "unexpected"),
@@ -332,41 +340,3 @@ def _check_version(path: Path, version: object) -> None:
         raise ExportError(
             f"{path}: model_version {shown(version)} is another generation of the architecture; supported: {supported}"
         )
-
-
-def _gemma_tensors(folder: Path) -> dict[str, TensorRef]:
-    """Tensors of ``model.safetensors`` or of the shards that ``model.safetensors.index.json`` names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return dict(TensorFile.open(folder / "model.safetensors").tensors)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ExportError(f"{index}: weight_map is {shown(weight_map, 60)}; allowed: file names by tensor")
-    names: set[Any] = set(weight_map.values())
-    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if foreign:
-        raise ExportError(f"{index}: {shown(foreign[0])} is not the name of a file in this folder")
-    shards = {name: TensorFile.open(folder / name) for name in sorted(names)}
-    astray = [key for key, name in weight_map.items() if key not in shards[name].tensors]
-    if astray:
-        raise ExportError(f"{index}: {len(astray)} tensors are not in the shard named ({_few(astray)})")
-    return {key: shards[name].tensors[key] for key, name in weight_map.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: object = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path}: {shown(value, 60)}; allowed: an object")
-    return value
-
-
-def _few(names: Iterable[str]) -> str:
-    """The first names of many, for a message."""
-    names = list(names)
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -25,7 +25,7 @@ from ltxrt.errors import OutputError
 from . import architecture, keys, published, vae_blocks
 from .weights import DTYPE_BYTES
 
-__all__ = ["ModelConfigs", "SyntheticModel", "checkpoint_tensors", "write_sparse", "write_synthetic"]
+__all__ = ["Layout", "ModelConfigs", "SyntheticModel", "checkpoint_tensors", "write_sparse", "write_synthetic"]
 
 #: Dtype and shape of a stored tensor.
 Layout = tuple[str, tuple[int, ...]]

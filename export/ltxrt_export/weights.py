@@ -7,7 +7,7 @@ ONNX initializer can point straight into it (github huggingface/safetensors, REA
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from ltxrt.errors import ExportError, shown
 
-__all__ = ["DTYPE_BYTES", "TensorFile", "TensorRef"]
+__all__ = ["DTYPE_BYTES", "TensorFile", "TensorRef", "few", "folder_tensors", "read_json"]
 
 #: Bytes an element, by safetensors dtype name.
 DTYPE_BYTES = {
@@ -32,6 +32,16 @@ DTYPE_BYTES = {
 }
 
 _MAX_HEADER_BYTES = 100_000_000
+#: How other files begin that end up under a checkpoint's name.
+_FOREIGN = (
+    (b"", "an empty file"),
+    (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched"),
+    (b"<", "a web page: the download was refused"),
+    (b"GGUF", "a GGUF file"),
+    (b"PK\x03\x04", "a zip or PyTorch file"),
+    (b"\x80\x02", "a pickled PyTorch file"),
+)
+_NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +94,15 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ExportError(f"{path}: not a safetensors file (header length {length}, file {size} bytes)")
-            return size, file.read(length)
+            if 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                return size, file.read(length)
+            beginning = prefix + file.read(56)
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    for magic, what in _FOREIGN:
+        if beginning.startswith(magic) if magic else not beginning:
+            raise ExportError(f"{path}: not a safetensors file but {what}")
+    raise ExportError(f"{path}: not a safetensors file, or truncated (header length {length}, file {size} bytes)")
 
 
 def _tensor_ref(path: Path, key: str, entry: Any, base: int) -> TensorRef:
@@ -122,3 +136,50 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorRef], base: int, size:
         raise ExportError(f"{path}: truncated, {size} bytes where its header needs {end}")
     if end < size:
         raise ExportError(f"{path}: {size - end} bytes too long for its header, which ends at {end}")
+
+
+def folder_tensors(folder: Path, stem: str) -> dict[str, TensorRef]:
+    """Tensors of ``<stem>.safetensors`` or of the shards that ``<stem>.safetensors.index.json`` names.
+
+    Raises:
+        ExportError: A file is missing or damaged, or the shards are not those of the index.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        return dict(TensorFile.open(folder / f"{stem}.safetensors").tensors)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError(f"{index}: weight_map is {shown(weight_map, 60)}; allowed: file names by tensor")
+    names: set[Any] = set(weight_map.values())
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if foreign:
+        raise ExportError(f"{index}: {shown(foreign[0])} is not the name of a file in this folder")
+    shards = {name: TensorFile.open(folder / name) for name in sorted(names)}
+    astray = [key for key, name in weight_map.items() if key not in shards[name].tensors]
+    if astray:
+        raise ExportError(f"{index}: {len(astray)} tensors are not in the shard named ({few(astray)})")
+    return {key: shards[name].tensors[key] for key, name in weight_map.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ExportError: It cannot be read, or is something else.
+    """
+    try:
+        value: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: {shown(value, 60)}; allowed: an object")
+    return value
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names of many, for a message."""
+    names = list(names)
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

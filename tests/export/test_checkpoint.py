@@ -170,7 +170,7 @@ def test_all_faults_in_one_line_with_a_few_names(copied: TinyPaths) -> None:
             del tensors[f"{block}ff.net.2.bias"]
             tensors[f"{block}extra"] = torch.zeros(1)
         tensors[f"{DIT}proj_out.bias"] = torch.zeros(31)
-        tensors[f"{DIT}proj_out.weight"] = tensors[f"{DIT}proj_out.weight"].to(torch.float8_e4m3fn)
+        tensors[f"{DIT}proj_out.weight"] = tensors[f"{DIT}proj_out.weight"].to(torch.float64)
 
     rewrite(copied.checkpoint, change)
     with pytest.raises(ExportError) as error:
@@ -181,7 +181,7 @@ def test_all_faults_in_one_line_with_a_few_names(copied: TinyPaths) -> None:
     assert "transformer_blocks.3.ff.net.2.bias and 1 more)" in message
     assert "5 tensors unexpected (" in message
     assert f"1 tensors of another shape ({DIT}proj_out.bias [31] for [32])" in message
-    assert f"of a dtype other than BF16, F16, F32 ({DIT}proj_out.weight F8_E4M3)" in message
+    assert f"of a dtype other than BF16, F16, F32 ({DIT}proj_out.weight F64)" in message
 
 
 def test_tensor_of_no_component(copied: TinyPaths) -> None:
@@ -203,7 +203,7 @@ def test_versions_that_fit(copied: TinyPaths, version: str) -> None:
     assert Checkpoint.open(copied.checkpoint).version == version
 
 
-@pytest.mark.parametrize("version", ["2.0", "2.4.0", "2.5", "2.30", "2", "3.2.3", "", "v2.3"])
+@pytest.mark.parametrize("version", ["2.4.0", "2.30", "2", "3.2.3", "", "v2.3"])
 def test_versions_that_do_not(copied: TinyPaths, version: str) -> None:
     rewrite(copied.checkpoint, model_version=version)
     with pytest.raises(ExportError, match=rf"model_version '{version}' is another generation.*supported: 2\.3"):

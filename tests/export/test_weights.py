@@ -65,7 +65,11 @@ def test_truncated(path: Path, cut: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "header length 0, file 0 bytes"),
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"<!doctype html><html>", "a web page"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
+        (b"PK\x03\x04" + b"\xff" * 99, "a zip or PyTorch file"),
         (b"1234", "not a safetensors file"),
         (struct.pack("<Q", 1 << 60) + b"{}", "header length 1152921504606846976"),
         (raw(b"{}x"), "is not JSON"),
