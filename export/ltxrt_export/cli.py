@@ -5,23 +5,17 @@ stdout carries only the result (the bundle's path, or JSON), stderr everything e
 imported inside the commands, so that ``--help`` and usage errors are instant.
 """
 
-import json
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.main import get_command
 
+from ltxrt.cli_process import emit, main_app, run_app
 from ltxrt.cli_progress import reporter
-from ltxrt.cli_report import error_json
-from ltxrt.errors import LtxrtError
 from ltxrt.result import Progress
 
 if TYPE_CHECKING:
@@ -54,12 +48,11 @@ OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a bund
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 
 
-class Stopped(SystemExit):
-    """A signal asks the run to end; ``code`` is 128 + its number, as shells report it."""
-
-
 @app.callback(invoke_without_command=True)
-def root(context: typer.Context) -> None:
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")] = False,
+) -> None:
     """Turn an LTX-2.3 checkpoint into a bundle that ltxrt runs."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
@@ -127,39 +120,14 @@ def _export(sources: "Sources", out: Path, options: "ExportOptions", *, as_json:
             running = step.description if step.index < step.total else None
             if running is not None:
                 progress.show(Progress(running, step.done, step.size))
-    typer.echo(json.dumps({"bundle": str(out), "parity": rows}, indent=2) if as_json else str(out))
+    emit({"bundle": str(out), "parity": rows} if as_json else [str(out)])
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors of ltxrt's own become one line on stderr."""
-    try:
-        # Not app(...) itself, which would put typer's own hook in the place of ours.
-        code = get_command(app).main(list(arguments), prog_name="ltxrt-export", standalone_mode=False)
-    except LtxrtError as error:
-        return _failed(error, str(error), error.exit_code, arguments)
-    except typer.TyperException as error:
-        return _failed(error, f"{error.format_message()} (see ltxrt-export --help)", error.exit_code, arguments)
-    except Stopped as stop:
-        code = int(str(stop.code))
-        return _failed(stop, f"stopped by {signal.Signals(code - 128).name}, nothing is left behind", code, arguments)
-    return code if isinstance(code, int) else 0
-
-
-def _failed(error: BaseException, message: str, code: int, arguments: Sequence[str]) -> int:
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
-    if "--json" in arguments:
-        typer.echo(json.dumps(error_json(error, line, code), indent=2))
-    return code
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(128 + number)
+    return run_app(app, "ltxrt-export", arguments)
 
 
 def main() -> NoReturn:
     """Entry point of ``ltxrt-export``."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs of a script ignore some
-            signal.signal(number, _stop)
-    sys.exit(run(sys.argv[1:]))
+    main_app(app, "ltxrt-export")

@@ -223,6 +223,17 @@ def test_an_interruption_in_the_middle(
         assert nothing_left(work)
 
 
+def test_an_internal_error_is_one_line_unless_asked_for_more(tmp_path: Path) -> None:
+    # An import that fails is an internal error, and before torch is loaded.
+    script = "import sys; sys.modules['ltxrt_export.exporter'] = None; from ltxrt_export.cli import main; main()"
+    for flags in ([], ["--debug"]):
+        command = [sys.executable, "-c", script, *flags, "tiny", "--out", "bundle"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == bool(flags)
+        assert len(done.stderr.splitlines()) == 1 or flags
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_and_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
