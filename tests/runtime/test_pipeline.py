@@ -153,6 +153,7 @@ def test_events_come_in_the_order_of_the_stages(pipeline, speech):
         assert [(event.step, event.steps) for event in progress if event.stage == stage] == [
             (step, steps) for step in range(1, steps + 1)
         ]
+    assert progress[:2] == [Progress("load", 0, 1), Progress("load", 1, 1)]
     decoded = [event for event in progress if event.stage == "decode"]
     assert [event.step for event in decoded] == sorted({event.step for event in decoded})
     assert (decoded[-1].step, {event.steps for event in decoded}) == (41, {41})
