@@ -39,7 +39,7 @@ MEMORY_MARGIN_BYTES = 1024**3
 #: Less scratch memory than this makes most fast kernels unusable.
 LEAST_WORKSPACE_BYTES = 256 * 1024**2
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|not enough (device )?memory", re.IGNORECASE)
-_NO_KERNEL = re.compile(r"[Cc]ould not find any implementation for node (?P<node>.+?)(?:\.\s|\.?$)")
+_NO_KERNEL = re.compile(r"[Cc]ould not find any implementation for node (?P<node>.+?)(?= due to|\.\s|\.\)|\.?$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +186,7 @@ class _Compilation:
         built = builder.build_serialized_network_to_stream(network, config, writer)
         if cache is not None:
             self._keep_timing_cache(config)
-        if not built:
+        if not built or plan.size == 0:
             raise self._failure(plan)
 
     def _builder(self) -> Any:

@@ -179,7 +179,7 @@ def open_toolchain(choice: str = "auto") -> Toolchain:
         EngineError: No driver, no GPU, no TensorRT, or versions that do not work together.
         RequestError: There is no GPU of that index.
     """
-    driver = CudaDriver()
+    driver = CudaDriver(DRIVER_LIBRARY)
     gpu = choose_gpu(driver.gpus(), choice)
     module = load_tensorrt()
     check_version(str(module.__version__), gpu.cuda_version)

@@ -29,7 +29,8 @@ class PlanFile:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        #: Bytes written so far.
+        self.size = 0
         #: What went wrong while writing: the compiler only learns that it did.
         self.error: OSError | None = None
         try:
@@ -56,7 +57,7 @@ class PlanFile:
             self.error = error
             return 0
         self._digest.update(data)
-        self._bytes += len(data)
+        self.size += len(data)
         return len(data)
 
     def commit(self) -> FileEntry:
@@ -74,7 +75,7 @@ class PlanFile:
             self._partial.replace(self.path)
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
-        return FileEntry(sha256=self._digest.hexdigest(), bytes=self._bytes)
+        return FileEntry(sha256=self._digest.hexdigest(), bytes=self.size)
 
 
 def plan_writer(tensorrt: Any, plan: PlanFile) -> Any:
