@@ -39,6 +39,7 @@ HEAVY = frozenset(
 )
 _NEEDS_FP32_INPUT = frozenset({"Cos", "Log", "Sin"})
 _SUFFIX: Mapping[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_FP16_MAX = 65504.0
 _WIDEST_FIRST = (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT16)
 _NUMPY: Mapping[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -81,6 +82,7 @@ class _Retyping:
         types: Element type of every tensor so far.
         constants: Inline constants by name.
         stored: External initializers.
+        entering: Inputs that leave fp32 with the first node that reads them, a data movement included.
         nodes: Finished nodes.
         made: Tensor and type to the name of its cast.
         renamed: Tensor of the source graph to what replaces it.
@@ -91,6 +93,7 @@ class _Retyping:
     types: dict[str, int]
     constants: Mapping[str, TensorProto]
     stored: frozenset[str]
+    entering: frozenset[str]
     nodes: list[NodeProto] = field(default_factory=list[NodeProto])
     added: list[TensorProto] = field(default_factory=list[TensorProto])
     made: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
@@ -111,6 +114,14 @@ class _Retyping:
         self.types[new], self.made[name, wanted] = wanted, new
         return new
 
+    def too_large(self, node: NodeProto) -> bool:
+        """Whether a constant that ``node`` computes with is finite and beyond the range of fp16."""
+        if self.half != TensorProto.FLOAT16:
+            return False
+        operands = [numpy_helper.to_array(self.constants[name]) for name in node.input if name in self.constants]
+        floats = [values for values in operands if values.dtype == np.float32]
+        return any(bool(((np.abs(values) > _FP16_MAX) & np.isfinite(values)).any()) for values in floats)
+
     def layout_type(self, node: NodeProto) -> int | None:
         """The type that a data movement runs in: that of its widest activation; None keeps what is stored.
 
@@ -119,7 +130,8 @@ class _Retyping:
         inputs = [name for name in node.input if self.types.get(name) in FLOATS]
         if not inputs:
             return None
-        present = {self.types[name] for name in inputs if name not in self.constants and name not in self.stored}
+        activations = [name for name in inputs if name not in self.constants and name not in self.stored]
+        present = {self.half if name in self.entering else self.types[name] for name in activations}
         if present:
             return next(kind for kind in _WIDEST_FIRST if kind in present)
         # ONNX Runtime repeats no BF16.
@@ -151,13 +163,10 @@ def to_half(model: ModelProto, network: str, half: int, wide: Iterable[str] = ()
         types={tensor.name: tensor.data_type for tensor in graph.initializer},
         constants={tensor.name: tensor for tensor in graph.initializer if tensor.name not in set(external)},
         stored=frozenset(external),
+        entering=frozenset(value.name for value in graph.input if not policy.keeps(value.name)),
     )
-    # An input that only lends its shape needs no cast.
-    computed_on = {name for node in graph.node if node.op_type != "Shape" for name in node.input}
     for value in graph.input:
         work.types[value.name] = value.type.tensor_type.elem_type
-        if not policy.keeps(value.name) and value.name in computed_on:
-            work.renamed[value.name] = work.cast(value.name, half)
     exact = fp32_nodes(model, network)
     computed = _computed_constants(model)
     for node in graph.node:
@@ -200,6 +209,7 @@ def _retype(work: _Retyping, node: NodeProto, *, exact: bool) -> None:
         if node.op_type in LAYOUT and not exact:
             wanted = work.layout_type(node)
         else:
+            exact = exact or work.too_large(node)
             wanted = TensorProto.FLOAT if exact else work.wide.get(node.name, work.half)
         if wanted is not None:
             node.input[:] = [work.cast(name, wanted) for name in node.input]
@@ -221,7 +231,7 @@ def _restore(work: _Retyping, name: str, declared: int) -> None:
             node.input[:] = [source if value == name else value for value in node.input]
             node.output[:] = [source if value == name else value for value in node.output]
         work.types[source] = work.types[name]
-    work.nodes.append(helper.make_node("Cast", [source], [name], name=name, to=declared))
+    work.nodes.append(helper.make_node("Cast", [source], [name], name=f"{name}/{_SUFFIX[declared]}", to=declared))
 
 
 def _is_float_cast(node: NodeProto) -> bool:
