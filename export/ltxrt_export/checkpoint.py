@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +29,7 @@ SUPPORTED_GENERATION = (2, 3)
 #: Longest text context; the tokenizer of the published text encoder states no limit.
 MAX_CONTEXT_TOKENS = 1024
 
-_DTYPES = ("BF16", "F16", "F32")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +63,18 @@ class Component:
         Raises:
             ExportError: They cannot be read.
         """
+        # Not through the library, which maps the whole file as writable: more than a small machine grants at 46 GB.
         tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            files: dict[Path, Any] = {}
+            files: dict[Path, BinaryIO] = {}
             for name in names:
                 ref = self.weights[name]
                 try:
                     if ref.path not in files:
-                        files[ref.path] = stack.enter_context(safe_open(ref.path, framework="pt"))
-                    tensors[name] = files[ref.path].get_tensor(ref.key).to(dtype)
-                except (OSError, ValueError, RuntimeError) as error:
-                    raise ExportError(f"{ref.path}: {ref.key} cannot be read: {error}") from error
+                        files[ref.path] = stack.enter_context(ref.path.open("rb"))
+                    tensors[name] = _stored_tensor(ref, files[ref.path]).to(dtype)
+                except OSError as error:
+                    raise ExportError(f"{ref.path}: {ref.key} cannot be read: {error.strerror}") from error
         return tensors
 
 
@@ -286,6 +286,14 @@ class _SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def _stored_tensor(ref: TensorRef, file: BinaryIO) -> Tensor:
+    tensor = torch.empty(ref.shape, dtype=_DTYPES[ref.dtype])
+    file.seek(ref.offset)
+    if file.readinto(tensor.flatten().view(torch.uint8).numpy()) != ref.nbytes:  # type: ignore[attr-defined]
+        raise ExportError(f"{ref.path}: {ref.key} cannot be read: the file became shorter")
+    return tensor
 
 
 def _paired(

@@ -22,7 +22,7 @@ from ltxrt.errors import ExportError, OutputError
 if sys.platform == "linux":
     import fcntl
 
-__all__ = ["WeightPlan", "gigabytes", "hashed", "plan_weights", "require_room", "share"]
+__all__ = ["WeightPlan", "free_bytes", "gigabytes", "hashed", "plan_weights", "require_room", "share"]
 
 #: The Linux request that clones a file (linux/fs.h).
 _FICLONE = 0x40049409
@@ -134,12 +134,17 @@ def require_room(folder: Path, needed_bytes: int, purpose: str) -> None:
     Raises:
         OutputError: Less than ``needed_bytes`` are free where ``folder`` is, or will be made.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise OutputError(
             f"{folder}: {gigabytes(needed_bytes)} are needed and {gigabytes(free)} are free, for {purpose}"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where ``folder`` is, or will be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def gigabytes(count: int) -> str:

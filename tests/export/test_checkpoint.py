@@ -2,6 +2,7 @@
 """The loader on the tiny model: real values, and one clear error for each fault planted in its files."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -273,6 +274,21 @@ def test_file_that_goes_away_before_loading(copied: TinyPaths) -> None:
     copied.upsampler.unlink()
     with pytest.raises(ExportError, match=r"upscaler\.safetensors: \S+ cannot be read"):
         component.load()
+
+
+def test_file_that_becomes_shorter_before_loading(copied: TinyPaths) -> None:
+    component = Upsampler.open(copied.upsampler).component()
+    os.truncate(copied.upsampler, copied.upsampler.stat().st_size - 1)
+    with pytest.raises(ExportError, match=r"upscaler\.safetensors: \S+ cannot be read: the file became shorter"):
+        component.load()
+
+
+def test_some_tensors_alone(tiny: TinyPaths) -> None:
+    component = Checkpoint.open(tiny.checkpoint).component("video_vae")
+    some = component.tensors(("latents_std", "latents_mean"))
+    state = component.load().state_dict()
+    assert list(some) == ["latents_std", "latents_mean"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in some.items())
 
 
 def test_upsampler_of_another_kind(copied: TinyPaths) -> None:
