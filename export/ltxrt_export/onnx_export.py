@@ -258,7 +258,7 @@ def check_graph(name: str, path: Path) -> None:
     external = [tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     for tensor in external:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        file = path.with_name(entries["location"])
+        file = path.parent / entries["location"]
         if not file.is_file() or file.stat().st_size < int(entries["offset"]) + int(entries["length"]):
             raise ExportError(f"{name}: not a valid graph: {tensor.name} does not lie in {file.name}")
         graph.initializer.remove(tensor)
