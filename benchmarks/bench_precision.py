@@ -5,9 +5,9 @@
 
 The bundle's networks have to be fp32. Same noise, same schedule (8 + 3), same inputs on both sides; only the precision
 of networks differs, one network at a time and then in each preset's combination. Without a calibration one is made
-first. The clips are not those of the calibration: other noise, size and prompts. ONNX Runtime's optimiser computes most
-of an FP16 graph in fp32; ``--exact`` switches it off, so that every node rounds as a GPU's would, and takes longer. The
-last line is the record's path.
+first. The clips are not those of the calibration: other noise, size and prompts. ONNX Runtime computes FP16 graphs in
+fp32 on the CPU; with ``--rounding`` every node rounds its result as a GPU would, slowly, and BF16 is possible.
+The last line is the record's path.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from ltxrt_export.quantize.clips import CalibrationClip
 from ltxrt_export.quantize.graph import stored_tensors
 from ltxrt_export.quantize.precision import PrecisionSettings, apply_precision, needed, variants
 from ltxrt_export.quantize.recording import ObservedEngine, link_weights, open_session
+from ltxrt_export.quantize.twin import rounding_twin
 
 RESULTS = Path(__file__).parent / "results"
 CLIPS = (
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="bundle of fp32 networks; default: the tiny one")
     parser.add_argument("--calibration", type=Path, help="a calibration of that bundle; default: made now")
     parser.add_argument("--clips", type=int, default=len(CLIPS), choices=range(1, len(CLIPS) + 1))
-    parser.add_argument("--surroundings", default="fp16", choices=("fp32", "fp16"), help="type around FP8")
-    parser.add_argument("--exact", action="store_true", help="round after every node, as a GPU does")
+    parser.add_argument("--surroundings", default="fp16", choices=("fp32", "fp16", "bf16"), help="type around FP8")
+    parser.add_argument("--rounding", action="store_true", help="round after every node, as a GPU does")
     parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
     given = parser.parse_args()
     bundle = Bundle.open(given.bundle)
@@ -78,17 +79,17 @@ def main() -> None:
             location=lambda path: path.name,
             calibration=calibration,
             surroundings=given.surroundings,
-            wide="fp32",
+            wide="bf16" if given.rounding else "fp32",
         )
-        engines = engine_table(bundle, settings, exact=given.exact)
-        rows = measure(bundle, engines, CLIPS[: given.clips])
+        engines = engine_table(bundle, settings, rounding=given.rounding)
+        rows = measure(bundle, engines, CLIPS[: given.clips], bf16=given.rounding)
     record = {
         "benchmark": "precision",
         "model": bundle.manifest.model.name,
         "checkpoint_sha256": bundle.manifest.model.checkpoint_sha256,
         "size": f"{OPTIONS.width}x{OPTIONS.height}, {OPTIONS.frames} frames",
         "surroundings": given.surroundings,
-        "exact_rounding": given.exact,
+        "rounding": given.rounding,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
         "python": platform.python_version(),
@@ -109,9 +110,9 @@ def calibrated(bundle: Bundle) -> Calibration:
     raise AssertionError("the last step carries the calibration")
 
 
-def engine_table(bundle: Bundle, settings: PrecisionSettings, *, exact: bool) -> dict[tuple[str, str], Engine]:
+def engine_table(bundle: Bundle, settings: PrecisionSettings, *, rounding: bool) -> dict[tuple[str, str], Engine]:
     """Every network in fp32 and in every precision that a preset asks for, loaded."""
-    wanted = needed(load_presets(), bf16=False)
+    wanted = needed(load_presets(), bf16=rounding)
     table: dict[tuple[str, str], Engine] = {}
     for name in NETWORK_NAMES:
         entry = fp32_entry(bundle, name)
@@ -121,16 +122,16 @@ def engine_table(bundle: Bundle, settings: PrecisionSettings, *, exact: bool) ->
         weights = stored_tensors(model, path.parent)
         for precision in ("fp32", *wanted[name]):
             variant = apply_precision(model, name, precision, weights, settings)
-            table[name, precision] = engine(entry, variant.model, settings.folder, exact=exact and precision != "fp32")
+            table[name, precision] = engine(entry, variant.model, settings.folder, rounding=rounding)
             for excess in variant.excesses:
                 print(f"{name}: {excess.tensor} reaches {excess.amax:g}, beyond FP16 (near {excess.weight})")
     return table
 
 
-def engine(entry: NetworkEntry, model: onnx.ModelProto, folder: Path, *, exact: bool) -> Engine:
-    """A graph in ONNX Runtime, optimised or not."""
+def engine(entry: NetworkEntry, model: onnx.ModelProto, folder: Path, *, rounding: bool) -> Engine:
+    """A graph in ONNX Runtime, as it is or as a GPU would round it."""
     inputs, outputs = (tuple(port.spec() for port in ports) for ports in (entry.inputs, entry.outputs))
-    session = open_session(model, folder, exact=exact)
+    session = open_session(rounding_twin(model) if rounding else model, folder, exact=rounding)
     names = [port.name for port in outputs]
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -147,14 +148,16 @@ def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
     return found[0]
 
 
-def measure(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], clips: tuple[CalibrationClip, ...]) -> list[Row]:
+def measure(
+    bundle: Bundle, engines: Mapping[tuple[str, str], Engine], clips: tuple[CalibrationClip, ...], *, bf16: bool
+) -> list[Row]:
     """Every configuration against fp32."""
     everything = dict.fromkeys(NETWORK_NAMES, "fp32")
     configurations = {"fp32": everything}
     configurations |= {
         f"{name} {precision}": {**everything, name: precision} for name, precision in engines if precision != "fp32"
     }
-    configurations |= {f"preset {preset.name}": variants(preset, bf16=False) for preset in load_presets()}
+    configurations |= {f"preset {preset.name}": variants(preset, bf16=bf16) for preset in load_presets()}
     expected = [clip_result(bundle, engines, everything, index, clip)[:2] for index, clip in enumerate(clips)]
     rows: list[Row] = []
     for name, precisions in configurations.items():
