@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def reference_stage(
         model.rope.prepare_video_coords(1, *shape, "cpu", fps=float(RATE)),
         model.audio_rope.prepare_audio_coords(1, conditioning.audio_tokens.shape[1], "cpu"),
     )
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in pairwise(sigmas):
         feeds = {
             "latent": x.astype(np.float32),
             "mask": mask,
@@ -250,16 +251,15 @@ def test_a_stream_of_chunks_equals_one_chunk(pipeline: Pipeline, engines: Engine
     latent = np.random.default_rng(3).standard_normal((1, channels, *shape)).astype(np.float32)
     stream = pipeline.bundle.manifest.model.stream
     assert stream.first_chunk_latents < shape.frames
-    whole = [
-        np.concatenate([chunk.frames for chunk in VideoDecoder(engines.video_decoder, at_once, 1).chunks(latent, 121, RATE)])
-        for at_once in (stream.model_copy(update={"first_chunk_latents": shape.frames}), stream)
-    ]
-    chunked = np.concatenate(
-        [chunk.frames for chunk in VideoDecoder(engines.video_decoder, stream, 3).chunks(latent, 121, RATE)]
-    )
+
+    def decoded(first_chunk_latents: int, chunk_latents: int) -> np.ndarray:
+        entry = stream.model_copy(update={"first_chunk_latents": first_chunk_latents})
+        chunks = VideoDecoder(engines.video_decoder, entry, chunk_latents).chunks(latent, 121, RATE)
+        return np.concatenate([chunk.frames for chunk in chunks])
+
+    whole, chunked = decoded(shape.frames, 1), decoded(stream.first_chunk_latents, 3)
     assert len(chunked) == 121
     # Another blocking of the same sums: fp32 rounding may move a sample over an 8-bit tie, nothing more.
-    for other in whole:
-        difference = np.abs(other.astype(int) - chunked.astype(int))
-        assert difference.max() <= 1
-        assert (difference > 0).mean() < 1e-4
+    difference = np.abs(whole.astype(int) - chunked.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-4
