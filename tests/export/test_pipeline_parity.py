@@ -4,20 +4,14 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ltxrt_export.checkpoint import Checkpoint, Gemma, Upsampler
-from ltxrt_export.networks.denoiser import Semantics
-from ltxrt_export.references import denoise_velocity, log_mel
-from ltxrt_export.tiny.write import write_tiny
 from tokenizers import Tokenizer
 from transformers.audio_utils import mel_filter_bank
 
-from ltxrt.bundle import tiny_bundle_path
 from ltxrt.decode import VideoDecoder
 from ltxrt.denoise import DenoiseStage
 from ltxrt.encoders import Conditioning, TextContexts, encode_audio, encode_image, encode_text
@@ -29,6 +23,10 @@ from ltxrt.noise import gaussian
 from ltxrt.pipeline import Pipeline
 from ltxrt.shapes import PixelShape
 from ltxrt.upsample import upsample
+from ltxrt_export.checkpoint import Checkpoint, Gemma, Upsampler
+from ltxrt_export.networks.denoiser import Semantics
+from ltxrt_export.references import denoise_velocity, log_mel
+from ltxrt_export.tiny_bundle import shipped_tiny
 
 PROMPT = "A green-skinned face on a red background speaks."
 CANVAS = PixelShape(25, 128, 192)
@@ -71,21 +69,18 @@ def engines(pipeline: Pipeline) -> Engines:
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Classes:
-    networks = tiny_bundle_path() / "networks"
-    # The bundle has the weights but not Gemma's configs, which follow from the architecture.
-    gemma_folder: Path = write_tiny(tmp_path_factory.mktemp("tiny")).text_encoder
-    (gemma_folder / "model.safetensors").write_bytes((networks / "model.safetensors").read_bytes())
-    checkpoint, gemma = Checkpoint.open(networks / "ltx-2.3-tiny.safetensors"), Gemma.open(gemma_folder)
+    paths = shipped_tiny(tmp_path_factory.mktemp("tiny"))
+    checkpoint, gemma = Checkpoint.open(paths.checkpoint), Gemma.open(paths.text_encoder)
     return Classes(
         context=gemma.context_length,
-        tokenizer=Tokenizer.from_file(str(tiny_bundle_path() / "tokenizer.json")),
+        tokenizer=Tokenizer.from_file(str(gemma.tokenizer_path)),
         text_model=gemma.component().load(),
         connectors=checkpoint.component("connectors").load(),
         audio_config=checkpoint.config["audio_vae"],
         audio_vae=checkpoint.component("audio_vae").load(),
         vae=checkpoint.component("video_vae").load(),
         transformer=checkpoint.component("transformer").load(),
-        upsampler=Upsampler.open(networks / "ltx-2.3-tiny-upscaler.safetensors").component().load(),
+        upsampler=Upsampler.open(paths.upsampler).component().load(),
     )
 
 
