@@ -2,9 +2,7 @@
 """Config to modules: the published sizes, every refusal, and building without memory."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ltxrt.errors import ExportError
-from ltxrt_export import architecture
+from ltxrt_export import architecture, published
 
-CONFIGS = Path(architecture.__file__).parent / "configs"
-PUBLISHED: dict[str, Any] = json.loads((CONFIGS / "ltx-2.3-22b.json").read_text())
-GEMMA: dict[str, Any] = json.loads((CONFIGS / "gemma-3-12b.json").read_text())
+PUBLISHED: dict[str, Any] = published.checkpoint_config()
+GEMMA: dict[str, Any] = published.gemma_config()
 UPSAMPLER: dict[str, Any] = {
     "in_channels": 128,
     "mid_channels": 1024,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image encoder in ONNX Runtime against the diffusers VAE."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from diffusers import AutoencoderKLLTX2Video
 from safetensors.torch import save_file
 
 from ltxrt.errors import ExportError
+from ltxrt_export import published
 from ltxrt_export.networks import image_encoder
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.onnx_export import export_model
 from ltxrt_export.vae_blocks import video_vae_options
 from ltxrt_export.weights import TensorFile
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "ltx-2.3-22b.json").read_text())
+PUBLISHED = published.checkpoint_config()
 
 
 def random_vae(**changes: Any) -> AutoencoderKLLTX2Video:

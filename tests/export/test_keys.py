@@ -2,8 +2,6 @@
 """Names of tensors: both directions, and against the state dicts of Lightricks' own modules."""
 
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltxrt_export import architecture, keys, vae_blocks
+from ltxrt_export import architecture, keys, published, vae_blocks
 
-DATA = Path(__file__).parent / "data"
-PUBLISHED: dict[str, Any] = json.loads((DATA / "ltx-2.3-22b.json").read_text())
-GEMMA: dict[str, Any] = json.loads((DATA / "gemma-3-12b.json").read_text())
+PUBLISHED: dict[str, Any] = published.checkpoint_config()
+GEMMA: dict[str, Any] = published.gemma_config()
 
 #: Tensors of each component in the published file, and sha256 over the sorted lines "key shape" of the modules
 #: that Lightricks/LTX-2 v1.2.0 builds on the meta device from the same config, prefixed as they are stored.

@@ -2,16 +2,15 @@
 """Block lists to widths and layer counts, on the published config and on reduced ones."""
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ltxrt.errors import ExportError
+from ltxrt_export import published
 from ltxrt_export.vae_blocks import block_chains, video_vae_options
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "ltx-2.3-22b.json").read_text())
+PUBLISHED = published.checkpoint_config()
 
 
 def changed(path: list[Any], value: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The streamed decoder against the un-chunked diffusers decoder, in torch and in ONNX Runtime."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ltxrt.errors import ExportError
+from ltxrt_export import published
 from ltxrt_export.networks import video_decoder
 from ltxrt_export.networks.video_decoder import StreamLayout, VideoDecoder, stream_layout
 from ltxrt_export.onnx_export import export_model
@@ -27,7 +27,7 @@ from ltxrt_export.weights import TensorFile
 from ltxrt_kernels.rgb_to_yuv420 import MAX_DIFFERING, MAX_LEVELS
 from ltxrt_kernels.rgb_to_yuv420.reference import rgb_to_yuv420
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "ltx-2.3-22b.json").read_text())
+PUBLISHED = published.checkpoint_config()
 
 #: Smaller widths, one residual block a level; everything else as in LTX-2.3.
 SMALL: dict[str, Any] = {
