@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ltxrt.errors import ExportError
+from ltxrt_export import published
 from ltxrt_export.checkpoint import Checkpoint, Gemma, Upsampler
 from ltxrt_export.tiny.config import checkpoint_config
 from ltxrt_export.tiny.corpus import prompts
@@ -23,7 +24,7 @@ from ltxrt_export.tiny.tokenizer import VOCABULARY, tokenizer_json
 from ltxrt_export.tiny.weights import random_tensor
 from ltxrt_export.tiny.write import TinyPaths, write_safetensors, write_tiny
 
-PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "ltx-2.3-22b.json").read_text())
+PUBLISHED: dict[str, Any] = published.checkpoint_config()
 
 #: sha256 of each file for seed 0; a machine or a library that changes them is to be noticed.
 SHA256 = {
