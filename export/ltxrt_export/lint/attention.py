@@ -42,7 +42,7 @@ def _operands(view: GraphView, node: NodeProto, points: Sequence[Shapes]) -> Ite
             yield finding(view.network, node, "attention-rank", f"the {label} has rank {len(shapes[0])}")
             continue
         for axis, what in ((1, "number of heads"), (3, "width of a head")):
-            sizes = {shape[axis] for shape in shapes}
+            sizes = dict.fromkeys(shape[axis] for shape in shapes)
             if len(sizes) > 1 or None in sizes:
                 found = ", ".join("?" if size is None else str(size) for size in sizes)
                 yield finding(view.network, node, "attention-heads", f"the {label}'s {what} is {found}")

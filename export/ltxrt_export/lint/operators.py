@@ -15,6 +15,7 @@ __all__ = [
     "MOST_OPSET",
     "ONE_TYPE",
     "OPERAND_TYPES",
+    "SIZE_OPERANDS",
 ]
 
 LEAST_OPSET, MOST_OPSET = 9, 24
@@ -80,3 +81,16 @@ ONE_TYPE = frozenset(_OF_ONE_TYPE.split())
 
 #: Operators that move or combine elements one by one and so do nothing for an empty tensor.
 CALM_WHEN_EMPTY = frozenset(_ELEMENT_BY_ELEMENT.split())
+
+#: Operands that decide the size of the output.
+SIZE_OPERANDS: dict[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Pad": (1,),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Tile": (1,),
+}

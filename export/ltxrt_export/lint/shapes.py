@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes and types of every tensor of a graph at given input sizes.
 
-ONNX's own inference node by node, with the values of small integer tensors computed along the way: what a ``Shape``
+ONNX's own inference node by node, with the values of small tensors computed along the way: what a ``Shape``
 gives, what is sliced and joined from it, and what a ``Reshape`` then makes of it. So a size that depends on the
 input sizes alone is followed through any arithmetic, and a size that depends on data shows as unknown.
 """
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto, defs, helper, numpy_helper
+from onnx.checker import ValidationError
 from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import InferenceError, infer_node_outputs
 
 from .graph import GraphView, attributes
+from .operators import SIZE_OPERANDS
 
 __all__ = ["Problem", "Shape", "Shapes", "infer_shapes"]
 
 Shape = tuple[int | None, ...]
-#: Integer tensors of at most this many elements are values, not only shapes; of floats the scalars (``Range``).
-_SMALL = {"i": 64, "b": 64, "f": 1}
+#: Tensors of at most this many elements are values, not only shapes.
+_SMALL = 64
 #: Operators that ONNX defines by a function and infers nothing for; all give what their first operand is.
 _LIKE_FIRST = frozenset({"GroupNormalization"})
 
@@ -43,7 +45,7 @@ class Shapes:
         sizes: The sizes.
         shapes: Shape by tensor; an unknown size is None, an unknown shape is not there.
         types: Element type by tensor.
-        values: Values of small integer tensors.
+        values: Values of small tensors.
         problems: Where inference failed.
     """
 
@@ -82,6 +84,10 @@ class _Inference:
             return
         signature: _Types = tuple((found.types[name], found.shapes.get(name)) for name in names)
         data = {name: found.values[name] for name in names if name in found.values}
+        if any(self.view.operand(node, i) not in {"", *data} for i in SIZE_OPERANDS.get(node.op_type, ())):
+            # What ONNX infers then can be wrong: for Expand it is the shape of the operand.
+            found.types.update((name, signature[0][0]) for name in node.output if name)
+            return
         if names and len(data) == len(set(names)) and self._evaluate(node, data, found):
             return
         key = (
@@ -115,7 +121,7 @@ class _Inference:
             inputs = {name: _type_proto(found.types[name], found.shapes.get(name)) for name in node.input if name}
             values = {name: numpy_helper.from_array(np.array(value), name) for name, value in data.items()}
             outputs = infer_node_outputs(schema, node, inputs, values)
-        except (defs.SchemaError, InferenceError, RuntimeError) as error:
+        except (defs.SchemaError, InferenceError, RuntimeError, ValidationError) as error:
             return nothing, " ".join(str(error).split())
         return tuple(_parsed(outputs[name]) if name in outputs else None for name in node.output), ""
 
@@ -129,7 +135,7 @@ class _Inference:
             found.values[node.output[0]] = np.array(part, np.int64)
 
     def _evaluate(self, node: NodeProto, data: Mapping[str, NDArray[Any]], found: Shapes) -> bool:
-        """Compute a node of small integers; returns whether that was possible."""
+        """Compute a node of small tensors; returns whether that was possible."""
         if node.domain or any(attribute.HasField("g") for attribute in node.attribute):
             return False
         try:
@@ -178,7 +184,7 @@ def _inferred(inference: _Inference, input_shapes: Mapping[str, tuple[int, ...]]
 
 
 def _is_small(value: NDArray[Any]) -> bool:
-    return value.size <= _SMALL.get(value.dtype.kind, -1)
+    return value.size <= _SMALL and value.dtype.kind in "ibf"
 
 
 def _type_proto(kind: int, shape: Shape | None) -> TypeProto:

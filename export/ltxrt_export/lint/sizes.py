@@ -14,25 +14,13 @@ from ltxrt.manifest import NetworkEntry
 
 from .findings import Finding, finding
 from .graph import GraphView, attributes
-from .operators import CALM_WHEN_EMPTY, DATA_DEPENDENT
+from .operators import CALM_WHEN_EMPTY, DATA_DEPENDENT, SIZE_OPERANDS
 from .shapes import Shapes
 
 __all__ = ["MAX_ELEMENTS", "MAX_RANK", "check_ports", "check_sizes"]
 
 MAX_RANK = 8
 MAX_ELEMENTS = 2**31 - 1
-#: Operand that decides the size of the output.
-_SIZE_OPERANDS = {
-    "ConstantOfShape": (0,),
-    "Expand": (1,),
-    "Pad": (1,),
-    "Range": (0, 1, 2),
-    "Reshape": (1,),
-    "Resize": (2, 3),
-    "Slice": (1, 2, 3, 4),
-    "Split": (1,),
-    "Tile": (1,),
-}
 
 
 def check_ports(view: GraphView, network: NetworkEntry, ranges: Sequence[frozenset[str]]) -> Iterator[Finding]:
@@ -96,7 +84,7 @@ def _followed(view: GraphView, node: NodeProto, shapes: Shapes) -> Iterator[Find
     known = all(None not in shapes.shapes.get(name, (None,)) for name in node.input if name)
     if not unknown or not known or node.op_type in DATA_DEPENDENT or any(p.node is node for p in shapes.problems):
         return
-    operands = [view.operand(node, index) for index in _SIZE_OPERANDS.get(node.op_type, ())]
+    operands = [view.operand(node, index) for index in SIZE_OPERANDS.get(node.op_type, ())]
     computed = [name for name in operands if name and name not in shapes.values and not view.is_constant(name)]
     if computed:
         yield finding(view.network, node, "data-dependent", f"its size depends on the values of {computed[0]}")
