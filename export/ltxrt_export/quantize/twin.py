@@ -3,7 +3,7 @@
 
 ONNX Runtime's CPU kernels know BF16 for copies only, and FP16 graphs they compute in fp32, without rounding in between,
 so that neither shows what 16 bits cost. The twin computes every node in fp32 and rounds its result, as hardware with
-fp32 accumulators does. Run it with ``open_session(..., exact=True)``: optimising removes the casts that do the rounding.
+fp32 accumulators does. Run it with ``open_session(..., exact=True)``: optimising removes the casts that round.
 """
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
