@@ -142,10 +142,6 @@ def trace(
             elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
                 raise ExportError(f"{type(module).__name__}: {name} is a fake tensor, and its value is not given")
         program.optimize()
-    graph = program.model.graph
-    unused = [value for value in graph.inputs if value.name in stored and not value.uses()]
-    for value in unused:
-        graph.inputs.remove(value)
     model = onnx_ir.to_proto(program.model)
     weights = frozenset(value.name for value in model.graph.input if value.name in stored)
     return TracedGraph(model, weights)

@@ -66,6 +66,7 @@ def random_transformer() -> Callable[..., LTX2VideoTransformer3DModel]:
         config = checkpoint_config()
         config["transformer"] |= {
             "num_layers": layers,
+            "av_ca_timestep_scale_multiplier": 400.0,  # published as 1000, which could be mistaken for the other
             "num_attention_heads": 2,
             "attention_head_dim": head,
             "cross_attention_dim": 2 * head,

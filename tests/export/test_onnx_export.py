@@ -38,6 +38,8 @@ STORED = {
     "scale": "scale",
     "unused.weight": "unused.weight",
     "unused.bias": "unused.bias",
+    "dead.weight": "dead.weight",
+    "dead.bias": "dead.bias",
 }
 BF16 = ("shared.weight", "scale")
 
@@ -50,10 +52,12 @@ class Toy(nn.Module):
         self.first = nn.Linear(4, 3)
         self.second = nn.Linear(4, 3)
         self.unused = nn.Linear(5, 5)
+        self.dead = nn.Linear(4, 2)
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("ramp", torch.arange(3, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.dead(x)
         first = self.first(x) * self.scale + self.ramp
         return first, torch.cat([first, self.second(x)], dim=1)
 
@@ -137,7 +141,7 @@ def consumers(model: ModelProto, name: str) -> list[onnx.NodeProto]:
 
 
 def test_weights_keep_names_layouts_and_places(model: ModelProto, weights: dict[str, TensorRef]) -> None:
-    used = {ref.key: ref for name, ref in weights.items() if not name.startswith("unused")}
+    used = {ref.key: ref for name, ref in weights.items() if not name.startswith(("unused", "dead"))}
     assert external(model) == {
         key: {"location": "toy.safetensors", "offset": str(ref.offset), "length": str(ref.nbytes)}
         for key, ref in used.items()
@@ -168,7 +172,7 @@ def test_only_what_is_stored_in_another_dtype_is_cast_and_once(model: ModelProto
 
 
 def test_unused_weights_are_left_out(model: ModelProto) -> None:
-    assert not [name for name in initializers(model) if "unused" in name]
+    assert not [name for name in initializers(model) if "unused" in name or "dead" in name]
     assert [value.name for value in model.graph.input] == ["x"]
 
 
