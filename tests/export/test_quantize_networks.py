@@ -35,6 +35,7 @@ from ltxrt_export.quantize.precision import (
     PrecisionSettings,
     Variant,
     apply_precision,
+    fp8_bytes,
     needed,
     variants,
 )
@@ -273,6 +274,9 @@ def test_fp8_variants_share_one_weight_file(networks: Mapping[str, Network], set
         if entry.key == "location" and "fp8" in entry.value
     }
     assert len(files) == 1
+    planned = fp8_bytes(networks["denoiser"].model, "denoiser", ("fp8", "fp16", "fp8-mixed"))
+    written = sum(ref.nbytes for ref in TensorFile.open(settings.folder / files.pop()).tensors.values())
+    assert written <= planned < 1.05 * written
 
 
 def test_angles_steps_and_the_log_mel_stay_fp32(networks: Mapping[str, Network], settings: PrecisionSettings) -> None:

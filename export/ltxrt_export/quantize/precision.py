@@ -11,6 +11,7 @@ its own::
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from onnx import ModelProto, TensorProto
 from ltxrt.bundle import file_sha256
 from ltxrt.errors import ExportError, shown
 from ltxrt.preset import Preset
-from ltxrt_export.weights import TensorRef
+from ltxrt_export.weights import DTYPE_BYTES, TensorRef
 
 from .calibration import Calibration
 from .fp8 import SCALE_DTYPES, quantise
@@ -29,7 +30,7 @@ from .half import to_half
 from .ranges import Excess, excesses, wide_nodes
 from .recipe import RECIPES, Recipe, Selection, load_recipe
 
-__all__ = ["PRECISIONS", "PrecisionSettings", "Variant", "apply_precision", "needed", "variants"]
+__all__ = ["PRECISIONS", "PrecisionSettings", "Variant", "apply_precision", "fp8_bytes", "needed", "variants"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-mixed")
 
@@ -101,6 +102,19 @@ def needed(presets: Iterable[Preset], *, bf16: bool) -> dict[str, tuple[str, ...
         for network, precision in variants(preset, bf16=bf16).items():
             table.setdefault(network, {})[precision] = None
     return {network: tuple(precisions) for network, precisions in table.items()}
+
+
+def fp8_bytes(model: ModelProto, network: str, precisions: Iterable[str]) -> int:
+    """Bytes of E4M3 and scales that the recipes among ``precisions`` will write for a graph, for a disk plan.
+
+    Raises:
+        ExportError: A recipe does not fit the graph.
+    """
+    layers = {linear.key: linear for linear in linears(model.graph)}
+    recipes = [load_recipe(network, kind) for kind in precisions if kind in RECIPES.get(network, ())]
+    chosen = {key for recipe in recipes for key in recipe.select(layers).quantised}
+    scale = max(DTYPE_BYTES[name] for name in SCALE_DTYPES.values())
+    return sum(prod(layers[key].shape) + scale * layers[key].shape[layers[key].output_axis] for key in chosen)
 
 
 def apply_precision(
