@@ -13,13 +13,15 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ltxrt.errors import ExportError
+from ltxrt.plan import auto_size
 from ltxrt.request import MAX_FRAMES, MAX_SIDE, MIN_SIDE
 from ltxrt.shapes import CANVAS_MULTIPLE, PixelShape, covering_frames, frame_rate
 
 __all__ = ["Bucket", "Buckets", "Clip", "load_buckets"]
 
-_SIDES = range(MIN_SIDE, MAX_SIDE + 1, CANVAS_MULTIPLE)
+_WIDEST = Fraction(16, 9)
 _Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+_Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=CANVAS_MULTIPLE)]
 _Rate = Annotated[float, Field(ge=1, le=60)]
 
 
@@ -38,7 +40,7 @@ class Bucket(BaseModel):
         name: Of the profiles.
         frames: Frames of the result.
         frames_per_second: Frame rates.
-        max_pixels: Largest width times height; sides are those that a request may have.
+        canvases: Largest width and height, several times: every size up to one of them, or to its transpose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +48,7 @@ class Bucket(BaseModel):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     frames: tuple[_Frames, _Frames, _Frames]
     frames_per_second: tuple[_Rate, _Rate, _Rate]
-    max_pixels: Annotated[int, Field(ge=MIN_SIDE * MIN_SIDE, le=MAX_SIDE * MAX_SIDE)]
+    canvases: Annotated[tuple[tuple[_Side, _Side], ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ordered(self) -> "Bucket":
@@ -55,22 +57,22 @@ class Bucket(BaseModel):
                 raise ValueError(f"{name} {list(triple)} do not rise")
         return self
 
-    def tuned(self, width: int, height: int) -> Clip:
-        """The clip that this bucket's profiles are tuned for, at a given canvas."""
+    def both_ways(self) -> tuple[tuple[int, int], ...]:
+        """Every canvas and its transpose, width and height, each once."""
+        given = ((a, b) for width, height in self.canvases for a, b in ((width, height), (height, width)))
+        return tuple(dict.fromkeys(given))
+
+    def tuned(self, canvas: tuple[int, int], budget_pixels: int) -> Clip:
+        """What profiles of a canvas are tuned for: ``resolution: auto`` at the canvas's aspect, at most 16:9."""
+        aspect = min(max(Fraction(*canvas), 1 / _WIDEST), _WIDEST)
+        width, height = map(min, auto_size(aspect, budget_pixels), canvas)
         return Clip(PixelShape(covering_frames(self.frames[1]), height, width), frame_rate(self.frames_per_second[1]))
 
-    def extremes(self) -> Iterator[Clip]:
-        """Clips between which everything that a network sees rises or falls steadily.
-
-        For every width the smallest and the largest height, with the fewest and the most frames at the slowest and the
-        fastest rate.
-        """
-        for width in _SIDES:
-            heights = [height for height in _SIDES if width * height <= self.max_pixels]
-            for height, frames, rate in product(
-                heights[:1] + heights[-1:], self.frames[::2], self.frames_per_second[::2]
-            ):
-                yield Clip(PixelShape(covering_frames(frames), height, width), frame_rate(rate))
+    def extremes(self, canvas: tuple[int, int]) -> Iterator[Clip]:
+        """Clips between which everything that a network sees rises or falls steadily."""
+        sides = product((MIN_SIDE, canvas[0]), (MIN_SIDE, canvas[1]))
+        for (width, height), frames, rate in product(sides, self.frames[::2], self.frames_per_second[::2]):
+            yield Clip(PixelShape(covering_frames(frames), height, width), frame_rate(rate))
 
 
 class Buckets(BaseModel):

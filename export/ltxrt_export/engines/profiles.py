@@ -13,24 +13,21 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 from ltxrt.encoders import CONDITIONING_SAMPLE_RATE
 from ltxrt.errors import EngineError
 from ltxrt.manifest import EngineProfile, Manifest, NetworkEntry
-from ltxrt.plan import auto_size
 from ltxrt.preset import Preset, load_preset
 from ltxrt.shapes import LatentShape, audio_token_count, samples_for_frames
 
-from .buckets import Bucket, Buckets, Clip
+from .buckets import Buckets, Clip
 
 __all__ = ["Profile", "Sizes", "concrete_shape", "network_profiles", "symbols_of"]
 
 Sizes = dict[str, int]
 #: Frames that the streaming decoder keeps from chunk to chunk.
 CACHED_FRAMES = 2
-_LANDSCAPE = Fraction(16, 9)
 _SYMBOLIC = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
 
 
@@ -87,37 +84,36 @@ def network_profiles(manifest: Manifest, key: str, buckets: Buckets) -> tuple[Pr
     budget = max(preset.auto_pixels for preset in users)
     if manifest.model.auto_pixels is not None:
         budget = min(budget, manifest.model.auto_pixels)
-    width, height = auto_size(_LANDSCAPE, budget)
     view = _VIEWS[network.network](manifest, users)
     profiles: list[Profile] = []
     for bucket in buckets.bucket:
-        tuned = bucket.tuned(width, height)
+        canvases = bucket.both_ways()
+        parts = [(f"_{width}x{height}", ((width, height),)) for width, height in canvases]
         for suffix, calls in view.calls.items():
-            entry = calls(tuned)[0] if view.tuned is None else view.tuned(tuned)
-            profile = _profile(network, f"{bucket.name}{suffix}", bucket, calls, entry)
-            if not any(_within(profile.entry, earlier.entry) for earlier in profiles):
-                profiles.append(profile)
+            for where, together in parts if view.by_canvas else [("", canvases)]:
+                clips = [clip for canvas in together for clip in bucket.extremes(canvas)]
+                tuned = calls(bucket.tuned(together[0], budget))[0]
+                profile = _profile(network, f"{bucket.name}{suffix}{where}", calls, clips, tuned)
+                if not any(_within(profile.entry, earlier.entry) for earlier in profiles):
+                    profiles.append(profile)
     return tuple(profiles)
 
 
-def _profile(network: NetworkEntry, name: str, bucket: Bucket, calls: "Calls", tuned: Sizes) -> Profile:
-    """The ranges that cover every call that the bucket's clips make, and the calls at their edges."""
+def _profile(network: NetworkEntry, name: str, calls: "Calls", clips: Iterable[Clip], tuned: Sizes) -> Profile:
+    """The ranges that cover every call that some clips make, and the calls at their edges."""
     symbols = symbols_of(network)
     every = [
-        {symbol: call[symbol] for symbol in symbols}
-        for clip in bucket.extremes()
-        for call in calls(clip)
-        if _served(network, call)
+        {symbol: call[symbol] for symbol in symbols} for clip in clips for call in calls(clip) if _served(network, call)
     ]
     if not every or not _served(network, tuned):
-        raise EngineError(f"{network.network}: bucket {bucket.name} has no clip that this network serves")
+        raise EngineError(f"{network.network}: profile {name} has no clip that this network serves")
     sizes: dict[str, tuple[int, int, int]] = {}
     for symbol in symbols:
         low, high = min(call[symbol] for call in every), max(call[symbol] for call in every)
-        if tuned[symbol] < low:
-            raise EngineError(f"{network.network}: profile {name} is tuned below its smallest {symbol}, {low}")
-        if tuned[symbol] > high:
-            raise EngineError(f"{network.network}: profile {name} is tuned above its largest {symbol}, {high}")
+        if not low <= tuned[symbol] <= high:
+            raise EngineError(
+                f"{network.network}: profile {name} is tuned for {symbol} = {tuned[symbol]}, outside of {low} to {high}"
+            )
         sizes[symbol] = low, tuned[symbol], high
     return Profile(EngineProfile(name=name, sizes=sizes), _corners(every, symbols))
 
@@ -171,10 +167,15 @@ Calls = Callable[[Clip], list[Sizes]]
 
 
 class _View(NamedTuple):
-    """Profiles of a bucket by suffix of their name, and what they are tuned for where that is not the first call."""
+    """How a network sees a clip.
+
+    Attributes:
+        calls: Profiles by suffix of their name: what each is called with, the typical call first.
+        by_canvas: Whether each canvas gets a profile of its own.
+    """
 
     calls: Mapping[str, Calls]
-    tuned: Callable[[Clip], Sizes] | None = None
+    by_canvas: bool = False
 
 
 def _audio(_manifest: Manifest, _users: Iterable[Preset]) -> _View:
@@ -215,10 +216,10 @@ def _upsampler(_manifest: Manifest, _users: Iterable[Preset]) -> _View:
 
 
 def _video_decoder(manifest: Manifest, users: Iterable[Preset]) -> _View:
-    """First, middle, last and only chunk, told apart by tensors of length 0.
+    """The first chunk (which may be the only one) and those after it, told apart by tensors of length 0.
 
-    Tuned for a chunk with both edges, which no call has: with it no tensor is empty where kernels are timed, and it is
-    within two frames of every call.
+    Both have profiles of their own, and so has every canvas: with that the largest sizes of a profile are those of a
+    call. A chunk that is first, last and has a cache would give twice the frames of any that there is.
     """
     first = manifest.model.stream.first_chunk_latents
     chunks = sorted({preset.decode_chunk_latents for preset in users}, reverse=True)
@@ -226,19 +227,19 @@ def _video_decoder(manifest: Manifest, users: Iterable[Preset]) -> _View:
     def size(grid: LatentShape, latents: int, edges: tuple[int, int], cached: int) -> Sizes:
         return {"n": latents, "p": edges[0], "q": edges[1], "c": cached, "h": grid.height, "w": grid.width}
 
-    def calls(clip: Clip) -> list[Sizes]:
+    def opening(clip: Clip) -> list[Sizes]:
         grid = clip.canvas.to_latent()
-        if grid.frames <= first:
-            return [size(grid, grid.frames, (1, 1), 0)]
+        if grid.frames > first:
+            return [size(grid, first, (1, 0), 0)]
+        # A clip of exactly that length is the largest only chunk, whichever lengths the bucket has.
+        return [size(grid, latents, (1, 1), 0) for latents in (grid.frames, first)]
+
+    def following(clip: Clip) -> list[Sizes]:
+        grid = clip.canvas.to_latent()
         middle = [size(grid, chunk, (0, 0), CACHED_FRAMES) for chunk in chunks]
-        last = [size(grid, latents, (0, 1), CACHED_FRAMES) for latents in range(1, chunks[0] + 1)]
-        return [size(grid, first, (1, 0), 0), *middle, *last]
+        return [*middle, *(size(grid, latents, (0, 1), CACHED_FRAMES) for latents in range(1, chunks[0] + 1))]
 
-    def tuned(clip: Clip) -> Sizes:
-        grid = clip.canvas.to_latent()
-        return size(grid, min(chunks[0], grid.frames), (1, 1), CACHED_FRAMES)
-
-    return _View({"": calls}, tuned)
+    return _View({"_first": opening, "_next": following}, by_canvas=True)
 
 
 _VIEWS: dict[str, Callable[[Manifest, Iterable[Preset]], _View]] = {

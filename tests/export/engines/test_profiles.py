@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Profiles: every clip of a bucket fits one, corners are calls that really happen, data errors are named."""
 
-import math
 import re
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,8 @@ from ltxrt.bundle import Bundle
 from ltxrt.decode import chunk_lengths
 from ltxrt.errors import EngineError, ExportError
 from ltxrt.manifest import NETWORK_NAMES, EngineProfile, Manifest
-from ltxrt.preset import load_preset
+from ltxrt.plan import auto_size
+from ltxrt.preset import PRESET_NAMES, load_preset
 from ltxrt.request import NAMED_SIZES
 from ltxrt.shapes import PixelShape, audio_token_count, covering_frames, frame_rate, samples_for_frames
 from ltxrt_export.engines.buckets import Bucket, Buckets, load_buckets
@@ -59,8 +60,8 @@ def calls(frames: int, rate_value: float, width: int, height: int) -> list[tuple
 @given(st.data())
 def test_every_clip_of_a_bucket_fits_a_profile_of_every_network(data: st.DataObject) -> None:
     bucket = data.draw(st.sampled_from(BUCKETS.bucket))
-    width = data.draw(st.sampled_from([side for side in SIDES if side * 128 <= bucket.max_pixels]))
-    height = data.draw(st.sampled_from([side for side in SIDES if side * width <= bucket.max_pixels]))
+    canvas = data.draw(st.sampled_from(bucket.both_ways()))
+    width, height = (data.draw(st.sampled_from([side for side in SIDES if side <= limit])) for limit in canvas)
     frames = data.draw(st.integers(bucket.frames[0], bucket.frames[2]))
     rate = data.draw(st.floats(bucket.frames_per_second[0], bucket.frames_per_second[2]))
     for network, sizes in calls(frames, rate, width, height):
@@ -74,9 +75,18 @@ def test_every_named_size_is_served_at_every_length(width: int, height: int) -> 
             assert fits(network, sizes), (network, sizes)
 
 
+@given(st.fractions(Fraction(1, 16), 16), st.sampled_from(PRESET_NAMES))
+def test_every_automatic_size_is_served_at_every_length(aspect: Fraction, preset: str) -> None:
+    width, height = auto_size(aspect, load_preset(preset).auto_pixels)
+    for frames, rate in ((9, 60.0), (481, 1.0)):
+        for network, sizes in calls(frames, rate, width, height):
+            assert fits(network, sizes), (network, sizes)
+
+
 def test_a_clip_outside_of_the_buckets_does_not_fit() -> None:
-    full = dict(calls(481, 24.0, 2048, 2048))["denoiser"]
-    assert not fits("denoiser", full)
+    for width, height, frames in ((2048, 2048, 9), (1344, 1344, 481), (1920, 1088, 9)):
+        found = [fits(network, sizes) for network, sizes in calls(frames, 24.0, width, height)]
+        assert not all(found)
 
 
 @pytest.mark.parametrize("network", NETWORK_NAMES)
@@ -100,15 +110,18 @@ def test_corners_are_calls_that_a_clip_makes() -> None:
                 assert {corner[symbol] for corner in profile.corners} >= {low, high} - ({0} if low == 0 else set())
     for profile in PROFILES["denoiser"]:
         assert all(c["Nv"] == c["f"] * c["h"] * c["w"] for c in profile.corners)
-    (decoder,) = PROFILES["video_decoder"]
-    kinds = {(corner["p"], corner["q"], corner["c"]) for corner in decoder.corners}
+    kinds = {(c["p"], c["q"], c["c"]) for profile in PROFILES["video_decoder"] for c in profile.corners}
     assert kinds == {(1, 1, 0), (1, 0, 0), (0, 0, 2), (0, 1, 2)}  # only, first, middle, last chunk
 
 
-def test_no_tensor_is_empty_where_kernels_are_timed() -> None:
-    (decoder,) = PROFILES["video_decoder"]
-    assert all(decoder.tuned.values())
-    assert [decoder.entry.sizes[symbol][0] for symbol in "pqc"] == [0, 0, 0]
+def test_the_largest_sizes_of_a_decoder_profile_are_those_of_a_call() -> None:
+    names = [profile.entry.name for profile in PROFILES["video_decoder"]]
+    assert names == [f"short_{part}_{size}" for part in ("first", "next") for size in CANVASES]
+    for profile in PROFILES["video_decoder"]:
+        assert {symbol: sizes[2] for symbol, sizes in profile.entry.sizes.items()} in profile.corners
+
+
+CANVASES = ("2048x896", "896x2048", "1344x1344")
 
 
 def test_stages_have_profiles_of_their_own() -> None:
@@ -121,6 +134,7 @@ def test_stages_have_profiles_of_their_own() -> None:
 
 def test_a_profile_that_no_clip_would_reach_is_left_out() -> None:
     assert [profile.entry.name for profile in PROFILES["image_encoder"]] == ["short"]
+    assert not [name for name in (p.entry.name for p in PROFILES["video_decoder"]) if name.startswith("long")]
     names = [profile.entry.name for profile in PROFILES["denoiser"]]
     assert names == ["short_half", "short_full", "long_half", "long_full"]
 
@@ -160,7 +174,7 @@ def test_a_network_that_serves_no_clip_of_a_bucket_is_an_error() -> None:
     key = MANIFEST.presets["high"]["upsampler"]
     network = MANIFEST.networks[key].model_copy(update={"shape_range": {"f": (1, 1), "h": (1, 1), "w": (1, 1)}})
     manifest = MANIFEST.model_copy(update={"networks": {**MANIFEST.networks, key: network}})
-    with pytest.raises(EngineError, match="upsampler: bucket short has no clip that this network serves"):
+    with pytest.raises(EngineError, match="upsampler: profile short has no clip that this network serves"):
         network_profiles(manifest, key, BUCKETS)
 
 
@@ -170,10 +184,22 @@ def test_a_network_that_no_preset_uses_is_an_error() -> None:
 
 
 def test_a_tuned_size_outside_of_the_bucket_is_an_error() -> None:
-    narrow = Bucket(name="narrow", frames=(9, 9, 9), frames_per_second=(24, 24, 24), max_pixels=128 * 128)
-    buckets = Buckets(prompt_tokens=8, bucket=(narrow,))
-    with pytest.raises(EngineError, match=r"denoiser: profile narrow_half is tuned above its largest"):
-        network_profiles(MANIFEST, MANIFEST.presets["high"]["denoiser"], buckets)
+    wide = Bucket(name="wide", frames=(121, 121, 121), frames_per_second=(24, 24, 24), canvases=((256, 256),))
+    network = MANIFEST.networks[MANIFEST.presets["high"]["denoiser"]]
+    low = network.model_copy(update={"shape_range": {**network.shape_range, "Nv": (300, 400)}})
+    manifest = MANIFEST.model_copy(update={"networks": {**MANIFEST.networks, network_key(): low}})
+    with pytest.raises(EngineError, match=r"denoiser: profile wide_half has no clip that this network serves"):
+        network_profiles(manifest, network_key(), Buckets(prompt_tokens=8, bucket=(wide,)))
+
+
+def network_key() -> str:
+    return MANIFEST.presets["high"]["denoiser"]
+
+
+def test_a_canvas_below_the_automatic_size_is_tuned_for_itself() -> None:
+    small = Bucket(name="small", frames=(9, 9, 9), frames_per_second=(24, 24, 24), canvases=((128, 128),))
+    profiles = network_profiles(MANIFEST, network_key(), Buckets(prompt_tokens=8, bucket=(small,)))
+    assert [profile.tuned["Nv"] for profile in profiles] == [8, 32]
 
 
 # --- the data file ---
@@ -184,7 +210,7 @@ prompt_tokens = 8
 name = "only"
 frames = [9, 33, 65]
 frames_per_second = [12, 24, 30]
-max_pixels = 262144
+canvases = [[512, 256]]
 """
 
 
@@ -192,11 +218,18 @@ def test_a_file_of_buckets(tmp_path) -> None:
     path = tmp_path / "buckets.toml"
     path.write_text(GOOD)
     (bucket,) = load_buckets(path).bucket
-    assert (bucket.frames, bucket.max_pixels) == ((9, 33, 65), 512 * 512)
-    extremes = list(bucket.extremes())
+    assert bucket.frames == (9, 33, 65)
+    assert bucket.both_ways() == ((512, 256), (256, 512))
+    extremes = list(bucket.extremes((512, 256)))
     assert {clip.canvas.frames for clip in extremes} == {9, 65}
-    assert max(clip.canvas.width * clip.canvas.height for clip in extremes) <= bucket.max_pixels
-    assert math.prod(bucket.tuned(192, 128).canvas) == 33 * 192 * 128
+    assert {(clip.canvas.width, clip.canvas.height) for clip in extremes} == {
+        (128, 128),
+        (128, 256),
+        (512, 128),
+        (512, 256),
+    }
+    assert bucket.tuned((512, 256), 192 * 128).canvas == PixelShape(33, 128, 192)
+    assert bucket.tuned((256, 512), 10**6).canvas == PixelShape(33, 512, 256)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +241,10 @@ def test_a_file_of_buckets(tmp_path) -> None:
             "bucket.0.frames.2: Input should be less than or equal to 481",
         ),
         (
-            ("max_pixels = 262144", "max_pixels = 100"),
-            "bucket.0.max_pixels: Input should be greater than or equal to 16384",
+            ("canvases = [[512, 256]]", "canvases = [[500, 256]]"),
+            "bucket.0.canvases.0.0: Input should be a multiple of 64",
         ),
-        (("max_pixels = 262144", "pixels = 1"), "bucket.0.max_pixels: Field required"),
+        (("canvases = [[512, 256]]", "canvases = []"), "bucket.0.canvases: Tuple should have at least 1 item"),
         (("prompt_tokens = 8", "prompt_tokens = 8\nmore = 1"), "more: Extra inputs are not permitted"),
         (("[[bucket]]", "[bucket]"), "bucket: Input should be a valid tuple"),
         (("prompt_tokens = 8", "prompt_tokens ="), "is not TOML"),
