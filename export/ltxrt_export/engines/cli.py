@@ -20,37 +20,49 @@ __all__ = ["app"]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle of ONNX networks.", show_default=False)]
+PresetFlag = Annotated[
+    list[str] | None,
+    typer.Option("--preset", help="Preset to build for; may be given again.  [default: high]", show_default=False),
+]
+GpuFlag = Annotated[str, typer.Option("--gpu", help="GPU to build on: auto, or its index.")]
+OutFlag = Annotated[
+    Path | None, typer.Option("--out", help="Another folder for networks and engines; else they go into the bundle.")
+]
+TimingsFlag = Annotated[
+    Path | None, typer.Option("--timing-cache", help="Kernel timings to use and to extend; else kept with the engines.")
+]
+WorkspaceFlag = Annotated[
+    int | None, typer.Option("--workspace-gib", min=1, help="Most scratch memory of a kernel; else what is free.")
+]
+LevelFlag = Annotated[
+    int, typer.Option("--optimization-level", min=0, max=5, help="Kernels to try: 0 the first that works, 5 all.")
+]
+BucketsFlag = Annotated[
+    Path | None, typer.Option("--buckets", help="TOML file of sizes and lengths to build for; else those of ltxrt.")
+]
+DecomposedFlag = Annotated[
+    bool, typer.Option("--allow-decomposed-attention", help="Build attention without a fused kernel if need be.")
+]
+DryRunFlag = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be built for which sizes; needs no GPU.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
 @app.command()
 def build(  # noqa: PLR0913  # one parameter per flag
-    bundle: Annotated[Path, typer.Argument(help="A bundle of ONNX networks.", show_default=False)],
-    preset: Annotated[
-        list[str] | None,
-        typer.Option(help="Preset to build for (low, medium, high, maximum); may be given again. [default: high]"),
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="GPU to build on: auto, or its index.")] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Another folder for networks and engines; else they go into the bundle.", show_default=False),
-    ] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="Kernel timings to use and to extend; else kept beside the engines.")
-    ] = None,
-    workspace_gib: Annotated[
-        int | None, typer.Option(min=1, help="Most scratch memory of a kernel; else what is free.")
-    ] = None,
-    optimization_level: Annotated[
-        int, typer.Option(min=0, max=5, help="How many kernels are tried: 0 the first that works, 5 all.")
-    ] = 3,
-    buckets: Annotated[
-        Path | None, typer.Option(help="TOML file of sizes and lengths to build for; else those of ltxrt.")
-    ] = None,
-    allow_decomposed_attention: Annotated[
-        bool, typer.Option("--allow-decomposed-attention", help="Build attention without a fused kernel if need be.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be built for which sizes; needs no GPU.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    bundle: BundleArgument,
+    preset: PresetFlag = None,
+    gpu: GpuFlag = "auto",
+    out: OutFlag = None,
+    timing_cache: TimingsFlag = None,
+    workspace_gib: WorkspaceFlag = None,
+    optimization_level: LevelFlag = 3,
+    buckets: BucketsFlag = None,
+    allow_decomposed_attention: DecomposedFlag = False,
+    dry_run: DryRunFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Compile the networks of a preset into TensorRT engines; what is there and unchanged is kept.
 
