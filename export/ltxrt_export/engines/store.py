@@ -112,6 +112,7 @@ class EngineStore:
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed build left: nothing that the manifest names, no timings, and only files of a build."""
+        (self.folder / f"manifest.json{PARTIAL_SUFFIX}").unlink(missing_ok=True)
         for path in self._engines.iterdir():
             named = f"{ENGINES}/{path.name}" in self.manifest.files
             if not named and path.name.endswith((PARTIAL_SUFFIX, ".plan", ".layers.json")):

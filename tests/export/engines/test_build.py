@@ -211,9 +211,6 @@ def test_the_gpu_is_current_in_the_thread_that_compiles(fake, tools, make_job) -
     assert tools.driver.current_gpus == []
 
 
-# --- stopping ---
-
-
 def test_leaving_stops_the_compiler_at_its_next_step(fake, tools, make_job) -> None:
     fake.steps = 1000
     fake.on_step = lambda step: time.sleep(0.001)
@@ -240,9 +237,6 @@ def test_ctrl_c_stops_the_compiler(fake, tools, make_job) -> None:
         list(interrupted(job))
     assert len(steps) < 1000
     assert leftovers(job) == []
-
-
-# --- timing cache ---
 
 
 def test_timings_are_kept_and_used_again(fake, tools, make_job, tmp_path) -> None:

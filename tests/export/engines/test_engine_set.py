@@ -198,9 +198,11 @@ def test_leftovers_of_a_killed_build_are_cleared(bundle, tools) -> None:
     for name in ("x.plan", "x.layers.json", "y.plan.partial"):
         (folder / name).write_bytes(b"?")
     (folder / "notes.txt").write_text("mine")
+    (bundle / "manifest.json.partial").write_text("{")
     with EngineStore(bundle):
         pass
     assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}
+    assert not list(bundle.rglob("*.partial"))
 
 
 def test_no_bundle(tmp_path) -> None:
@@ -272,10 +274,10 @@ def test_a_build_that_is_killed_anywhere_goes_on_and_ends(bundle, tools) -> None
         check_whole(bundle)
     build(bundle, tools)
     check_whole(bundle, engines=6)
-    assert not list((bundle / "engines").glob("*.partial"))
+    assert not list(bundle.rglob("*.partial"))
 
 
 def test_ctrl_c_ends_a_build_and_leaves_no_half_file(bundle) -> None:
     assert run_until(bundle, 0.4, signal.SIGINT) == 130
     check_whole(bundle)
-    assert not list((bundle / "engines").glob("*.partial"))
+    assert not list(bundle.rglob("*.partial"))
