@@ -18,6 +18,10 @@ from ltxrt.cli_process import emit, main_app, run_app
 from ltxrt.cli_progress import reporter
 from ltxrt.result import Progress
 
+from .cli_download import download
+from .engines.cli import app as engines_app
+from .lint.cli import app as lint_app
+
 if TYPE_CHECKING:
     from .exporter import ExportOptions, Sources
 
@@ -28,9 +32,11 @@ Exit codes:
     0  done
     1  internal error
     2  the command line does not parse
-    6  an exported network does not run on this machine
-    7  the bundle cannot be written
-    9  the checkpoint is refused, or a network misses its parity limit
+    3  a preset or a GPU that is not there
+    5  the bundle is missing, damaged or of another version
+    6  a network does not run, or cannot be built, on this machine
+    7  the result cannot be written, or does not fit on the disk
+    9  the checkpoint is refused, a network misses its parity limit, or the linter found an error
   130  interrupted with Ctrl-C (143 by SIGTERM, 129 by SIGHUP)
 """
 
@@ -57,6 +63,11 @@ def root(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
+
+
+app.command()(download)
+app.add_typer(engines_app)
+app.add_typer(lint_app)
 
 
 @app.command()

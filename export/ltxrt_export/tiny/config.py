@@ -90,6 +90,11 @@ def gemma_config(vocabulary: int) -> dict[str, Any]:
 
 
 def _transformer() -> dict[str, Any]:
+    """In the order in which the published file writes it."""
+    return {**_video_stream(), **_audio_stream_and_text()}
+
+
+def _video_stream() -> dict[str, Any]:
     return {
         "_class_name": "AVTransformer3DModel",
         "activation_fn": "gelu-approximate",
@@ -121,6 +126,11 @@ def _transformer() -> dict[str, Any]:
         "timestep_scale_multiplier": 1000,
         "av_ca_timestep_scale_multiplier": 1000.0,
         "causal_temporal_positioning": True,
+    }
+
+
+def _audio_stream_and_text() -> dict[str, Any]:
+    return {
         "audio_num_attention_heads": _HEADS,
         "audio_attention_head_dim": _AUDIO_HEAD,
         "use_audio_video_cross_attention": True,

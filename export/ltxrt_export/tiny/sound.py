@@ -144,7 +144,7 @@ def espeak(random: np.random.Generator, *, held_out: bool) -> Floats:
     with wave.open(io.BytesIO(encoded)) as file:
         rate = file.getframerate()
         raw = np.frombuffer(encoded[44:], "<i2").astype(np.float32) / 32768
-    samples = _resampled(raw, rate)
+    samples = _resampled(np.asarray(raw, np.float32), rate)
     gain = 10 ** random.uniform(-0.35, 0.35)
     return np.clip(samples * np.float32(gain), -1, 1)
 
@@ -210,7 +210,8 @@ def _syllables(
             start = pause
     kernel = np.hanning(9) / np.hanning(9).sum()
     smooth = [np.convolve(np.pad(line, 4, "edge"), kernel, "valid") for line in (voiced, breath, *formants.T)]
-    return smooth[0], smooth[1], np.maximum(np.stack(smooth[2:], axis=1), 150.0)
+    voiced, breath, *lines = (np.asarray(line, np.float64) for line in smooth)
+    return voiced, breath, np.maximum(np.stack(lines, axis=1), 150.0)
 
 
 def _contour(random: np.random.Generator, count: int, pitch: float) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ltxrt_export.tiny.mouth import Floats, MouthTrack
 
-__all__ = ["COLOURS", "DEFAULTS", "MOUTH_BOX", "PARTS", "Colour", "Scene", "render"]
+__all__ = ["COLOURS", "DEFAULTS", "MOUTH_BOX", "PARTS", "Colour", "Scene", "code_of", "render"]
 
 Colour = tuple[int, int, int]
 
@@ -85,6 +85,30 @@ class Scene:
         )
 
 
+def code_of(scene: Scene, mouth: MouthTrack, times: Floats) -> Floats:
+    """All that a clip shows, in 32 numbers of about unit variance for each latent frame, [1 + frames // 8, 32].
+
+    Latent frame 0 stands for one frame and every later one for eight, as in the video VAE. The numbers: the three
+    colours (9), opening and width of the mouth at each of the frames (8 and 8), the lids in the first and in the second
+    half (2), the place of the head (2), and 3 that are always 0.
+    """
+    colours = np.array([scene.background, scene.skin, scene.shirt], np.float32).ravel() / 127.5 - 1
+    places = [
+        place + amplitude * np.sin(2 * np.pi * hertz * times + phase)
+        for place, (amplitude, hertz, phase) in zip(scene.place, scene.sway, strict=True)
+    ]
+    tracks = np.stack(
+        [(mouth.opening - 0.25) * 4, (mouth.width - 0.55) * 4, _shut(scene.blinks, times) * 2, *np.array(places) * 100]
+    )
+    chunks = np.concatenate([np.repeat(tracks[:, :1], 8, axis=1), tracks[:, 1:]], axis=1).reshape(5, -1, 8)
+    code = np.zeros((chunks.shape[1], 32), np.float32)
+    code[:, :9] = colours
+    code[:, 9:25] = np.concatenate([chunks[0], chunks[1]], axis=1)
+    code[:, 25:27] = chunks[2].reshape(-1, 2, 4).mean(axis=2)
+    code[:, 27:29] = chunks[3:].mean(axis=2).T
+    return code
+
+
 def render(scene: Scene, mouth: MouthTrack, times: Floats, height: int, width: int) -> NDArray[np.uint8]:
     """Draw the clip.
 
@@ -105,7 +129,7 @@ def render(scene: Scene, mouth: MouthTrack, times: Floats, height: int, width: i
         _column(place + amplitude * np.sin(2 * np.pi * hertz * times + phase))
         for place, (amplitude, hertz, phase) in zip(scene.place, scene.sway, strict=True)
     )
-    head_y = head_y + np.float32(_HEAD_CENTRE_Y)
+    head_y = np.asarray(head_y + np.float32(_HEAD_CENTRE_Y), np.float32)
     picture = np.empty((len(times), height, width, 3), np.float32)
     picture[...] = np.asarray(scene.background, np.float32)
 
@@ -115,7 +139,9 @@ def render(scene: Scene, mouth: MouthTrack, times: Floats, height: int, width: i
         return _Canvas(picture[:, rows, columns], x[:, :, columns] - head_x, y[:, rows] - head_y, scale)
 
     body = part(-0.56, 0.2, 0.56, 0.6)
-    body.paint(scene.shirt, _ellipse(body.x + 0.5 * head_x, body.y + head_y - _SHIRT_CENTRE_Y, *_SHIRT))
+    shirt_x = np.asarray(body.x + np.float32(0.5) * head_x, np.float32)
+    shirt_y = np.asarray(body.y + head_y - np.float32(_SHIRT_CENTRE_Y), np.float32)
+    body.paint(scene.shirt, _ellipse(shirt_x, shirt_y, *_SHIRT))
     head = part(-0.43, -0.52, 0.43, 0.4)
     head.paint(_HAIR, _ellipse(head.x, head.y + 0.02, _HEAD[0] + 0.025, _HEAD[1] + 0.02))
     head.paint(scene.skin, np.maximum(_ellipse(head.x, head.y, *_HEAD), -0.2 - head.y))
