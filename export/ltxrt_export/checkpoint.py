@@ -192,37 +192,39 @@ class Gemma:
         config: Its ``config.json``.
         tensors: Every stored tensor, of all shards.
         context_length: Tokens of a text context: the tokenizer's ``model_max_length``, at most 1024.
+        tokenizer_path: The tokenizer's ``tokenizer.json``.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     context_length: int
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer's ``tokenizer.json``."""
-        return self.path / "tokenizer.json"
+    tokenizer_path: Path
 
     @classmethod
-    def open(cls, folder: Path) -> "Gemma":
+    def open(cls, folder: Path, tokenizer_folder: Path | None = None) -> "Gemma":
         """Read configs and headers.
+
+        Args:
+            folder: Config and weights.
+            tokenizer_folder: Tokenizer, where it is not in the same folder.
 
         Raises:
             ExportError: A file is missing or damaged, or the shards are not those of the index.
         """
         if folder.is_file():
             raise ExportError(f"{folder}: this is a file; allowed: the folder of Gemma 3, with its config.json")
+        files = folder if tokenizer_folder is None else tokenizer_folder
         config = read_json(folder / "config.json")
-        tokenizer = read_json(folder / "tokenizer_config.json")
-        if not (folder / "tokenizer.json").is_file():
-            raise ExportError(f"{folder / 'tokenizer.json'}: cannot be read: No such file")
+        tokenizer, path = read_json(files / "tokenizer_config.json"), files / "tokenizer.json"
+        if not path.is_file():
+            raise ExportError(f"{path}: cannot be read: No such file")
         limit = tokenizer.get("model_max_length")
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
             raise ExportError(
-                f"{folder / 'tokenizer_config.json'}: model_max_length = {shown(limit)}; allowed: at least 1"
+                f"{files / 'tokenizer_config.json'}: model_max_length = {shown(limit)}; allowed: at least 1"
             )
-        return cls(folder, config, folder_tensors(folder, "model"), int(min(limit, MAX_CONTEXT_TOKENS)))
+        return cls(folder, config, folder_tensors(folder, "model"), int(min(limit, MAX_CONTEXT_TOKENS)), path)
 
     def component(self) -> Component:
         """The language model, named ``text_model``; vision tower, projector and lm_head are left unread.
@@ -233,7 +235,9 @@ class Gemma:
         unread = keys.UNREAD_GEMMA_PREFIXES
         stored = {key: ref for key, ref in self.tensors.items() if not key.startswith(unread)}
         config = self.config
-        return _paired(self.path, "text_model", lambda: architecture.text_model(config), keys.gemma_keys(), stored)
+        published, later = keys.GEMMA_PREFIXES
+        key_map = keys.gemma_keys(later if any(key.startswith(later) for key in stored) else published)
+        return _paired(self.path, "text_model", lambda: architecture.text_model(config), key_map, stored)
 
 
 @dataclass(frozen=True, slots=True)

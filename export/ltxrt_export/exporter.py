@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint to bundle: every network traced, checked against its torch class, and written with its manifest."""
 
+import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ltxrt.errors import ExportError
 from ltxrt.manifest import NETWORK_NAMES, Manifest, ModelEntry, StateEntry, StreamEntry
 from ltxrt.preset import PRESET_NAMES, load_preset
 
+from . import diffusers_folder
 from .bundle_writer import BundleWriter
 from .checkpoint import Checkpoint, Gemma, Upsampler
 from .denoiser_graph import export_denoiser
@@ -34,22 +37,40 @@ _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The three files of a model, opened and checked."""
+    """The three parts of a model, opened and checked."""
 
     checkpoint: Checkpoint
     text_encoder: Gemma
     upsampler: Upsampler
 
     @classmethod
-    def open(cls, checkpoint: Path, text_encoder: Path, upsampler: Path) -> "Sources":
-        """Open the single file, the Gemma folder and the upsampler file.
+    def open(cls, checkpoint: Path, text_encoder: Path | None = None, upsampler: Path | None = None) -> "Sources":
+        """Open the single file, the Gemma folder and the upsampler file, or a folder in the diffusers layout.
+
+        Args:
+            checkpoint: The single file, or the folder.
+            text_encoder: Gemma's folder; None for that of the diffusers folder.
+            upsampler: The upsampler's file, or its folder; None for that of the diffusers folder.
 
         Raises:
             ExportError: One of them is missing, damaged, unknown, or does not fit the others.
         """
-        sources = cls(Checkpoint.open(checkpoint), Gemma.open(text_encoder), Upsampler.open(upsampler))
+        whole = diffusers_folder.is_diffusers_folder(checkpoint)
+        if not whole and (text_encoder is None or upsampler is None):
+            raise ExportError(
+                f"{checkpoint}: is no folder in the diffusers layout; name text encoder and upsampler too"
+            )
+        sources = cls(
+            diffusers_folder.open_checkpoint(checkpoint) if whole else Checkpoint.open(checkpoint),
+            diffusers_folder.open_text_encoder(checkpoint) if text_encoder is None else Gemma.open(text_encoder),
+            _opened_upsampler(upsampler or checkpoint),
+        )
         sources.checkpoint.check_text_encoder(sources.text_encoder)
         return sources
+
+
+def _opened_upsampler(path: Path) -> Upsampler:
+    return diffusers_folder.open_upsampler(path) if path.is_dir() else Upsampler.open(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +221,12 @@ def _frequencies(theta: float, count: int) -> NDArray[np.float32]:
     return (theta ** np.linspace(0.0, 1.0, count) * np.pi / 2.0).astype(np.float32)
 
 
+def _checkpoint_sha256(writer: BundleWriter, checkpoint: Checkpoint) -> str:
+    """Of its file; of the hashes of its files, where there are several."""
+    hashes = [writer.sha256(path) for path in sorted({ref.path for ref in checkpoint.file.tensors.values()})]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def _commit(
     writer: BundleWriter, sources: Sources, options: ExportOptions, keys: Mapping[str, str], stream: StreamEntry
 ) -> Manifest:
@@ -209,7 +236,7 @@ def _commit(
     model = ModelEntry(
         name=checkpoint.name,
         version=checkpoint.version,
-        checkpoint_sha256=writer.sha256(checkpoint.path),
+        checkpoint_sha256=_checkpoint_sha256(writer, checkpoint),
         semantics=options.semantics.value,
         licence=options.licence,
         context_tokens=sources.text_encoder.context_length,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "COMPONENTS",
+    "GEMMA_PREFIXES",
     "UNREAD_GEMMA_PREFIXES",
     "UNREAD_PREFIXES",
     "KeyMap",
@@ -27,7 +28,16 @@ COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae")
 #: Parts of the single file that audio-to-video never reads: they may be there or not.
 UNREAD_PREFIXES = ("audio_vae.decoder.", "vocoder.")
 #: The same for the text encoder's folder.
-UNREAD_GEMMA_PREFIXES = ("vision_tower.", "multi_modal_projector.", "lm_head.", "language_model.lm_head.")
+UNREAD_GEMMA_PREFIXES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "lm_head.",
+    "language_model.lm_head.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+#: Where the language model lies in it: as published, and as transformers 5 names it.
+GEMMA_PREFIXES = ("language_model.model.", "model.language_model.")
 
 _DIT = "model.diffusion_model."
 _VIDEO_CONNECTOR = f"{_DIT}video_embeddings_connector."
@@ -149,9 +159,9 @@ def upsampler_keys() -> KeyMap:
     return KeyMap({"": ""}, {})
 
 
-def gemma_keys() -> KeyMap:
-    """The names of Gemma's language model in the multimodal model's folder."""
-    return KeyMap({"": "language_model.model."}, {})
+def gemma_keys(prefix: str = GEMMA_PREFIXES[0]) -> KeyMap:
+    """The names of Gemma's language model in the multimodal model's folder, one of ``GEMMA_PREFIXES``."""
+    return KeyMap({"": prefix}, {})
 
 
 def component_of(key: str) -> str | None:
