@@ -21,6 +21,7 @@ from ltxrt.result import Progress
 from .cli_download import download
 from .engines.cli import app as engines_app
 from .lint.cli import app as lint_app
+from .tiny.train_cli import train_tiny
 
 if TYPE_CHECKING:
     from .exporter import ExportOptions, Sources
@@ -66,6 +67,7 @@ def root(
 
 
 app.command()(download)
+app.command()(train_tiny)
 app.add_typer(engines_app)
 app.add_typer(lint_app)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ltxrt.errors import ExportError
 from ltxrt_export import architecture, keys, vae_blocks
+from ltxrt_export.tiny.captions import tokenizer_corpus
 from ltxrt_export.tiny.config import (
     CONTEXT_TOKENS,
     MODEL_VERSION,
@@ -31,6 +32,9 @@ __all__ = ["TinyPaths", "write_safetensors", "write_tiny"]
 
 _LICENSE = "Apache-2.0. Made by the ltxrt project: a model of the LTX-2.3 architecture with weights of its own."
 
+#: State dicts by component.
+Trained = Mapping[str, Mapping[str, torch.Tensor]]
+
 _DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
 
 
@@ -43,8 +47,13 @@ class TinyPaths:
     upsampler: Path
 
 
-def write_tiny(folder: Path, seed: int = 0) -> TinyPaths:
-    """Write the tiny model with random weights into ``folder``; the same bytes for the same seed, everywhere.
+def write_tiny(folder: Path, seed: int = 0, trained: Trained | None = None) -> TinyPaths:
+    """Write the tiny model into ``folder``.
+
+    Args:
+        folder: Where to; made if it is not there.
+        seed: Of random weights: the same bytes for the same seed, everywhere.
+        trained: State dicts to write instead, by component; the tokenizer then knows the captions of the drawn world.
 
     Raises:
         ExportError: A file cannot be written.
@@ -56,10 +65,11 @@ def write_tiny(folder: Path, seed: int = 0) -> TinyPaths:
         paths.text_encoder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"{paths.text_encoder}: cannot be made: {error.strerror}") from error
-    _write_checkpoint(paths.checkpoint, seed)
-    _write_gemma(paths.text_encoder, seed)
+    source = _Source(seed, trained)
+    _write_checkpoint(paths.checkpoint, source)
+    _write_gemma(paths.text_encoder, source)
     config = upsampler_config()
-    tensors = _tensors(lambda: architecture.upsampler(config), keys.upsampler_keys(), seed)
+    tensors = source.tensors("upsampler", lambda: architecture.upsampler(config), keys.upsampler_keys())
     write_safetensors(paths.upsampler, tensors, _metadata(config))
     return paths
 
@@ -87,7 +97,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata:
     _write(path, [struct.pack("<Q", len(encoded)), encoded, *(array.tobytes() for _, array in ordered)])
 
 
-def _write_checkpoint(path: Path, seed: int) -> None:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the values come from."""
+
+    seed: int
+    trained: Trained | None
+
+    def tensors(self, name: str, build: Callable[[], nn.Module], key_map: keys.KeyMap) -> dict[str, NDArray[Any]]:
+        """The weights of a component under their stored keys, in the published dtypes."""
+        if self.trained is not None:
+            state = self.trained[name]
+            arrays = {key_map.stored(entry): value.detach().float().numpy() for entry, value in state.items()}
+        else:
+            with torch.device("meta"):
+                shapes = {key_map.stored(entry): tuple(value.shape) for entry, value in build().state_dict().items()}
+            arrays = {key: random_tensor(key, shape, self.seed) for key, shape in shapes.items()}
+        return {key: array.astype(_dtype(key)) for key, array in arrays.items()}
+
+    def corpus(self) -> tuple[str, ...]:
+        """What the tokenizer is made from."""
+        return tuple(prompts()) if self.trained is None else (*prompts(), *tokenizer_corpus())
+
+
+def _write_checkpoint(path: Path, source: _Source) -> None:
     config = checkpoint_config()
     gemma = gemma_config(VOCABULARY)
     encoder, decoder = vae_blocks.block_chains(config)
@@ -98,29 +131,22 @@ def _write_checkpoint(path: Path, seed: int) -> None:
     }
     tensors: dict[str, NDArray[Any]] = {}
     for name, build in builders.items():
-        tensors |= _tensors(build, keys.key_map(name), seed)
+        tensors |= source.tensors(name, build, keys.key_map(name))
     vae_keys = keys.video_vae_keys(len(encoder.resampling), len(decoder.resampling))
-    tensors |= _tensors(lambda: architecture.video_vae(config), vae_keys, seed)
+    tensors |= source.tensors("video_vae", lambda: architecture.video_vae(config), vae_keys)
     write_safetensors(path, tensors, {**_metadata(config), "model_version": MODEL_VERSION})
 
 
-def _write_gemma(folder: Path, seed: int) -> None:
+def _write_gemma(folder: Path, source: _Source) -> None:
     config = gemma_config(VOCABULARY)
-    tensors = _tensors(lambda: architecture.text_model(config), keys.gemma_keys(), seed)
+    tensors = source.tensors("text_model", lambda: architecture.text_model(config), keys.gemma_keys())
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt", "license": _LICENSE})
     for name, content in (
         ("config.json", config),
-        ("tokenizer.json", tokenizer_json(prompts())),
+        ("tokenizer.json", tokenizer_json(source.corpus())),
         ("tokenizer_config.json", tokenizer_config(CONTEXT_TOKENS)),
     ):
         _write(folder / name, [json.dumps(content, indent=1, ensure_ascii=False).encode(), b"\n"])
-
-
-def _tensors(build: Callable[[], nn.Module], key_map: keys.KeyMap, seed: int) -> dict[str, NDArray[Any]]:
-    """Random weights of a module under their stored keys, in the published dtypes."""
-    with torch.device("meta"):
-        shapes = {key_map.stored(name): tuple(value.shape) for name, value in build().state_dict().items()}
-    return {key: random_tensor(key, shape, seed).astype(_dtype(key)) for key, shape in shapes.items()}
 
 
 def _dtype(key: str) -> np.dtype[Any]:

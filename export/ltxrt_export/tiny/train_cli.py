@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ltxrt-export train-tiny``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ltxrt.errors import ExportError
+
+__all__ = ["train_tiny"]
+
+
+def train_tiny(
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and result.", show_default=False)],
+    minutes: Annotated[float, typer.Option(min=0.1, help="Wall time of the training steps.")] = 180.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds a run.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and noise.")] = 0,
+) -> None:
+    """Train the tiny model on clips that are drawn on the way, and write it in the published layout."""
+    if not resume and (out / "checkpoints").exists():
+        raise ExportError(f"{out}: holds a run already; allowed: a new folder, or --resume")
+    from .train.recipe import train_tiny as train
+    from .train.recipe import trained_paths
+
+    for progress in train(out, minutes, seed):
+        figures = " ".join(f"{name}={value:.3g}" for name, value in progress.figures.items())
+        typer.echo(
+            f"{progress.phase} {progress.share:4.0%} step {progress.steps} loss {progress.loss:.4f} {figures}", err=True
+        )
+    typer.echo(str(trained_paths(out).checkpoint))
