@@ -6,7 +6,7 @@
 The files are the published headers over holes (``ltxrt_export.synthetic``), so every step but the reading of weights
 is the real one. Each network is exported, checked and measured in a process of its own; ``--whole`` runs the
 exporter as a user does, hashing 70 GB; ``--slice`` fills two blocks of full width with random weights and compares
-ONNX Runtime with the diffusers class (15 GB of memory).
+ONNX Runtime with the diffusers class (8 GB of memory, 2.4 GB of disk).
 """
 
 import argparse

@@ -130,6 +130,7 @@ def record(name: str, packages: Sequence[str], results: Mapping[str, Any], folde
     }
     path = folder / f"{name}-{here.slug}.json"
     partial = path.with_suffix(".partial")
+    folder.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
     return path
