@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips as the denoiser sees them: drawn, encoded by the frozen VAEs, kept by shape, some replaced all the time."""
+"""Clips as the denoiser sees them: sound through the frozen audio encoder, prompts, and the code of what is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

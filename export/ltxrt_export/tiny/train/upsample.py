@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phase 4: the x2 upsampler learns the latent of a clip from the latent of the same clip at half size."""
+"""Phase 4: the x2 upsampler learns the latent of a clip from that at half size: the code of both is one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
