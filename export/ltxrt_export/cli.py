@@ -74,10 +74,16 @@ app.add_typer(lint_app)
 
 @app.command()
 def export(  # noqa: PLR0913  # one parameter per flag
-    checkpoint: Annotated[Path, typer.Option(help="The single-file checkpoint.", show_default=False)],
-    text_encoder: Annotated[Path, typer.Option(help="The Gemma 3 folder.", show_default=False)],
-    upsampler: Annotated[Path, typer.Option(help="The x2 spatial upsampler's file.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Option(help="The single-file checkpoint, or a folder in the diffusers layout.", show_default=False)
+    ],
     out: OutFlag,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="The Gemma 3 folder; a diffusers folder has its own.", show_default=False)
+    ] = None,
+    upsampler: Annotated[
+        Path | None, typer.Option(help="The x2 spatial upsampler's file; likewise.", show_default=False)
+    ] = None,
     semantics: Annotated[Literal["R1", "R2", "R3"], typer.Option(help="Modulation rules, by generation.")] = "R3",
     check: CheckFlag = True,
     overwrite: OverwriteFlag = False,

@@ -125,11 +125,18 @@ def test_a_command_line_that_does_not_parse(
     assert nothing_left(work)
 
 
-@pytest.mark.parametrize("flag", [0, 1, 2])
-def test_a_missing_flag(work: Path, model: list[str], capsys: Capture, flag: int) -> None:
-    name = model.pop(flag).split("=")[0]
+def test_a_missing_checkpoint_flag(work: Path, model: list[str], capsys: Capture) -> None:
+    name = model.pop(0).split("=")[0]
     assert run(["export", *model, "--out", "bundle"]) == 2
     assert name in one_error(capsys)
+
+
+@pytest.mark.parametrize("flag", [1, 2])
+def test_only_a_diffusers_folder_goes_alone(work: Path, model: list[str], capsys: Capture, flag: int) -> None:
+    del model[flag]
+    assert run(["export", *model, "--out", "bundle"]) == 9
+    assert "name text encoder and upsampler too" in one_error(capsys)
+    assert nothing_left(work)
 
 
 @pytest.mark.parametrize("flag", [0, 1, 2])
