@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``gpu`` marker: skipped without an NVIDIA GPU, failed without one where the job promised one."""
+"""The ``gpu`` marker: skipped without an NVIDIA GPU, failed without one where the job promised one.
+
+And signals as a terminal has them: a shell that runs the tests in the background has them ignore Ctrl-C, ``nohup`` has
+them ignore SIGHUP, and the processes that tests start would inherit both.
+"""
 
 import os
+import signal
 from functools import cache
 
 import pytest
 
 from ltxrt.doctor import nvidia
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @cache

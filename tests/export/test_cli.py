@@ -246,9 +246,7 @@ def test_an_internal_error_is_one_line_unless_asked_for_more(tmp_path: Path) -> 
 def test_a_signal_stops_it_and_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    # A shell that runs tests in the background has them ignore Ctrl-C, and children inherit that.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = f"{heed}; from ltxrt_export.cli import main; main()"
+    script = "from ltxrt_export.cli import main; main()"
     command = [sys.executable, "-c", script, "tiny", "--out", "new/bundle"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
