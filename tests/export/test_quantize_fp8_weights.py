@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
@@ -55,9 +55,6 @@ def test_bytes_are_those_of_torch(tmp_path: Path, scale: str, stored: str) -> No
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(-(2**100), 2**100, width=32))
 )
 def test_every_weight_comes_back_within_half_a_step(values: np.ndarray) -> None:
-    # A row so faint that its scale is subnormal has no 8 bits to keep: no weight of a model is.
-    peaks = np.abs(values).max(axis=1)
-    assume(((peaks == 0) | (peaks > 1e-30)).all())
     ref = TensorRef(Path("unused"), "w", "F32", values.shape, 0, values.nbytes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8_weights, "_chunks", lambda _: iter([(0, values)]))
@@ -65,7 +62,9 @@ def test_every_weight_comes_back_within_half_a_step(values: np.ndarray) -> None:
     back = turned.astype(np.float32).T * scale[:, None]
     # Four significant bits; below 2^-6 of the scale, steps of 2^-9.
     assert (np.abs(back - values) <= np.maximum(np.abs(values) / 16, scale[:, None] * 2.0**-10) * 1.0001).all()
-    assert (np.abs(back).max(axis=1) <= np.abs(values).max(axis=1) * 1.0001).all()
+    # Where the scale is at its floor the peak is no multiple of 448 steps, and may round up like any other value.
+    free = scale > np.finfo(np.float32).tiny
+    assert (np.abs(back).max(axis=1) <= np.abs(values).max(axis=1) * 1.0001)[free].all()
 
 
 def test_a_channel_of_zeros_stays_zero(tmp_path: Path) -> None:
