@@ -104,17 +104,19 @@ def needed(presets: Iterable[Preset], *, bf16: bool) -> dict[str, tuple[str, ...
     return {network: tuple(precisions) for network, precisions in table.items()}
 
 
-def fp8_bytes(model: ModelProto, network: str, precisions: Iterable[str]) -> int:
-    """Bytes of E4M3 and scales that the recipes among ``precisions`` will write for a graph, for a disk plan.
+def fp8_bytes(weights: Iterable[TensorRef], network: str, precisions: Iterable[str]) -> int:
+    """Most bytes of E4M3 and scales that the recipes among ``precisions`` will write, before there is a graph.
 
-    Raises:
-        ExportError: A recipe does not fit the graph.
+    Args:
+        weights: Stored tensors of the network; what is dead in the graph may be among them.
+        network: Its name.
+        precisions: Any of ``PRECISIONS``.
     """
-    layers = {linear.key: linear for linear in linears(model.graph)}
     recipes = [load_recipe(network, kind) for kind in precisions if kind in RECIPES.get(network, ())]
-    chosen = {key for recipe in recipes for key in recipe.select(layers).quantised}
+    stored = {ref.key: ref for ref in weights if len(ref.shape) == 2}
+    chosen = [ref for key, ref in stored.items() if any(recipe.names(key) for recipe in recipes)]
     scale = max(DTYPE_BYTES[name] for name in SCALE_DTYPES.values())
-    return sum(prod(layers[key].shape) + scale * layers[key].shape[layers[key].output_axis] for key in chosen)
+    return sum(prod(ref.shape) + scale * max(ref.shape) for ref in chosen)
 
 
 def apply_precision(
