@@ -140,7 +140,7 @@ class BundleWriter:
             network=spec.name,  # type: ignore[arg-type]  # checked by the model
             file=f"{_NETWORKS}/{key}.onnx",
             weights=tuple(f"{_NETWORKS}/{name}" for name in weights),
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # likewise
             opset=OPSET,
             inputs=tuple(TensorEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in spec.inputs),
             outputs=tuple(TensorEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in spec.outputs),

@@ -30,9 +30,7 @@ from .half import to_half
 from .ranges import Excess, excesses, wide_nodes
 from .recipe import RECIPES, Recipe, Selection, load_recipe
 
-__all__ = ["PRECISIONS", "PrecisionSettings", "Variant", "apply_precision", "fp8_bytes", "needed", "variants"]
-
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-mixed")
+__all__ = ["PrecisionSettings", "Variant", "apply_precision", "fp8_bytes", "needed", "variants"]
 
 Float = Literal["fp32", "fp16", "bf16"]
 _FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -110,7 +108,7 @@ def fp8_bytes(weights: Iterable[TensorRef], network: str, precisions: Iterable[s
     Args:
         weights: Stored tensors of the network; what is dead in the graph may be among them.
         network: Its name.
-        precisions: Any of ``PRECISIONS``.
+        precisions: Any of ``ltxrt.manifest.PRECISIONS``.
     """
     recipes = [load_recipe(network, kind) for kind in precisions if kind in RECIPES.get(network, ())]
     stored = {ref.key: ref for ref in weights if len(ref.shape) == 2}
@@ -127,7 +125,7 @@ def apply_precision(
     Args:
         model: The finished graph in fp32; not changed, and given back as it is for ``fp32``.
         network: Its name.
-        precision: One of ``PRECISIONS``.
+        precision: One of ``ltxrt.manifest.PRECISIONS``.
         weights: Stored tensors by checkpoint key, at least those of the linear layers.
         settings: What all networks share.
 
