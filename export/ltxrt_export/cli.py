@@ -17,7 +17,8 @@ from ltxrt.cli_process import emit, main_app, run_app
 
 from .cli_calibrate import app as calibrate_app
 from .cli_download import download
-from .cli_steps import CheckpointFlag, JsonFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
+from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
+from .cli_verify import verify
 from .engines.cli import app as engines_app
 from .lint.cli import app as lint_app
 from .tiny.train_cli import train_tiny
@@ -80,6 +81,7 @@ def root(
 
 app.command()(download)
 app.command()(train_tiny)
+app.command()(verify)
 app.add_typer(calibrate_app)
 app.add_typer(engines_app)
 app.add_typer(lint_app)
@@ -91,6 +93,7 @@ def export(  # noqa: PLR0913  # one parameter per flag
     out: OutFlag,
     text_encoder: TextEncoderFlag = None,
     upsampler: UpsamplerFlag = None,
+    lora: LoraFlag = None,
     semantics: SemanticsFlag = "R3",
     precision: PrecisionFlag = "fp32",
     backend: BackendFlag = "gpu",
@@ -101,6 +104,7 @@ def export(  # noqa: PLR0913  # one parameter per flag
 ) -> None:
     """Export every network of a model and check it against the class that it came from."""
     from .exporter import ExportOptions, Sources
+    from .lora import LoraFile
     from .networks.denoiser import Semantics
 
     options = ExportOptions(
@@ -111,7 +115,8 @@ def export(  # noqa: PLR0913  # one parameter per flag
         backend=backend,
         calibration=_calibration(calibration, precision),
     )
-    _export(Sources.open(checkpoint, text_encoder, upsampler), out, options, as_json=as_json)
+    loras = [LoraFile.parse(text) for text in lora or ()]
+    _export(Sources.open(checkpoint, text_encoder, upsampler, loras), out, options, as_json=as_json)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ltxrt.result import Progress
 if TYPE_CHECKING:
     from .exporter import ExportStep
 
-__all__ = ["CheckpointFlag", "JsonFlag", "SemanticsFlag", "TextEncoderFlag", "UpsamplerFlag", "show_steps"]
+__all__ = ["CheckpointFlag", "JsonFlag", "LoraFlag", "SemanticsFlag", "TextEncoderFlag", "UpsamplerFlag", "show_steps"]
 
 CheckpointFlag = Annotated[
     Path, typer.Option(help="The single-file checkpoint, or a folder in the diffusers layout.", show_default=False)
@@ -27,6 +27,10 @@ UpsamplerFlag = Annotated[
     Path | None, typer.Option(help="The x2 spatial upsampler's file; likewise.", show_default=False)
 ]
 SemanticsFlag = Annotated[Literal["R1", "R2", "R3"], typer.Option(help="Modulation rules, by generation.")]
+LoraFlag = Annotated[
+    list[str] | None,
+    typer.Option(help="A LoRA to fuse, FILE:SCALE or FILE for scale 1; may be given again.", show_default=False),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 
 

@@ -4,7 +4,6 @@
 Each network is traced once, in fp32. The precisions that the presets ask for are made from that graph.
 """
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,14 +15,13 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ltxrt.bundle import Bundle
-from ltxrt.errors import ExportError
-from ltxrt.manifest import NETWORK_NAMES, ModelEntry, StateEntry, StreamEntry
+from ltxrt.manifest import NETWORK_NAMES, LoraEntry, ModelEntry, StateEntry, StreamEntry
 from ltxrt.preset import PRESET_NAMES, load_preset
 
-from . import diffusers_folder
 from .bundle_writer import BundleWriter
-from .checkpoint import Checkpoint, Gemma, Upsampler
+from .changed_weights import ChangedWeights
 from .denoiser_graph import export_denoiser
+from .disk import gigabytes
 from .networks import audio_encoder, denoiser, image_encoder, text_encoder, upsampler, video_decoder
 from .networks.denoiser import Semantics
 from .networks.spec import NetworkSpec
@@ -32,6 +30,7 @@ from .parity import ParityRow, check_network
 from .preset_networks import Backend, PresetNetworks, preset_fp8_bytes, record_trials
 from .quantize.calibrate import CalibrationOptions, calibrate
 from .quantize.calibration import Calibration
+from .sources import Sources
 
 __all__ = [
     "ExportOptions",
@@ -51,44 +50,6 @@ _PROGRESS_BYTES = 1024**3
 #: CRF of the first frame's re-compression for models before 2.4 (ltx_pipelines/utils/constants.py).
 _IMAGE_CRF = 33
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """The three parts of a model, opened and checked."""
-
-    checkpoint: Checkpoint
-    text_encoder: Gemma
-    upsampler: Upsampler
-
-    @classmethod
-    def open(cls, checkpoint: Path, text_encoder: Path | None = None, upsampler: Path | None = None) -> "Sources":
-        """Open the single file, the Gemma folder and the upsampler file, or a folder in the diffusers layout.
-
-        Args:
-            checkpoint: The single file, or the folder.
-            text_encoder: Gemma's folder; None for that of the diffusers folder.
-            upsampler: The upsampler's file, or its folder; None for that of the diffusers folder.
-
-        Raises:
-            ExportError: One of them is missing, damaged, unknown, or does not fit the others.
-        """
-        whole = diffusers_folder.is_diffusers_folder(checkpoint)
-        if not whole and (text_encoder is None or upsampler is None):
-            raise ExportError(
-                f"{checkpoint}: is no folder in the diffusers layout; name text encoder and upsampler too"
-            )
-        sources = cls(
-            diffusers_folder.open_checkpoint(checkpoint) if whole else Checkpoint.open(checkpoint),
-            diffusers_folder.open_text_encoder(checkpoint) if text_encoder is None else Gemma.open(text_encoder),
-            _opened_upsampler(upsampler or checkpoint),
-        )
-        sources.checkpoint.check_text_encoder(sources.text_encoder)
-        return sources
-
-
-def _opened_upsampler(path: Path) -> Upsampler:
-    return diffusers_folder.open_upsampler(path) if path.is_dir() else Upsampler.open(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +122,8 @@ def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -
         OutputError: The bundle cannot be written.
     """
     with BundleWriter(destination, overwrite=options.overwrite) as writer:
-        run = _Run(sources, writer, options, stages(options))
+        sources, changes = sources.with_changes(writer.weights_folder)
+        run = _Run(sources, writer, options, stages(options), changes)
         specs, stream = network_specs(sources, options.semantics)
         yield from run.weights(specs)
         model = _model_entry(writer, sources, options, stream)
@@ -187,7 +149,8 @@ def calibrate_model(sources: Sources, out: Path, options: ExportOptions) -> Gene
         OutputError: ``out`` cannot be written.
     """
     with BundleWriter(out.with_name(f"{out.name}-networks")) as writer:
-        run = _Run(sources, writer, options, calibration_stages())
+        sources, changes = sources.with_changes(writer.weights_folder)
+        run = _Run(sources, writer, options, calibration_stages(), changes)
         specs, stream = network_specs(sources, options.semantics)
         yield from run.weights(specs)
         keys, rows = yield from run.fp32_networks(specs)
@@ -205,6 +168,7 @@ class _Run:
     writer: BundleWriter
     options: ExportOptions
     stages: tuple[str, ...]
+    changes: ChangedWeights | None
 
     def step(
         self, stage: str, *, rows: Sequence[ParityRow] = (), note: str = "", done: int = 0, size: int = 1
@@ -216,6 +180,7 @@ class _Run:
 
     def weights(self, specs: Mapping[str, NetworkSpec]) -> Generator[ExportStep]:
         """Put the weight files beside the graphs: megabytes done and in all, every gigabyte."""
+        yield from self._changed_weights()
         files = sorted({ref.path for spec in specs.values() for ref in spec.weights.values()})
         made_bytes = preset_fp8_bytes(specs) if "presets" in self.stages else 0
         plan = self.writer.plan_weights(files, made_bytes)
@@ -228,6 +193,18 @@ class _Run:
                 if done == size or done % _PROGRESS_BYTES == 0:
                     yield self.step("weights", done=(before + done) // 10**6, size=total)
             before += size
+
+    def _changed_weights(self) -> Generator[ExportStep]:
+        """Write what differs from the checkpoint, likewise."""
+        if self.changes is None:
+            return
+        what = f"{len(self.changes.changes)} weights are changed, {gigabytes(self.changes.bytes)}"
+        yield self.step("weights", note=f"{what}: {len(self.sources.loras)} LoRAs, FP8 to 16 bits where it is stored")
+        shown = 0
+        for done in self.changes.write():
+            if done - shown >= _PROGRESS_BYTES:
+                shown = done
+                yield self.step("weights", done=done // 10**6, size=max(1, self.changes.bytes // 10**6))
 
     def fp32_networks(
         self, specs: Mapping[str, NetworkSpec]
@@ -270,7 +247,7 @@ class _Run:
         yield self.step("presets", rows=rows)
         trials = record_trials(bundle, _PRESET, self.options.calibrating) if self.options.check else None
         self.writer.add_calibration(calibration)
-        making = PresetNetworks(self.writer, specs, keys, calibration, self.options.backend).make(trials)
+        making = PresetNetworks(self.writer, specs, keys, calibration, self.options.backend, self.changes).make(trials)
         while True:
             try:
                 made = next(making)
@@ -348,12 +325,6 @@ def _frequencies(theta: float, count: int) -> NDArray[np.float32]:
     return (theta ** np.linspace(0.0, 1.0, count) * np.pi / 2.0).astype(np.float32)
 
 
-def _checkpoint_sha256(writer: BundleWriter, checkpoint: Checkpoint) -> str:
-    """Of its file; of the hashes of its files, where there are several."""
-    hashes = [writer.sha256(path) for path in sorted({ref.path for ref in checkpoint.file.tensors.values()})]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
 def _model_entry(writer: BundleWriter, sources: Sources, options: ExportOptions, stream: StreamEntry) -> ModelEntry:
     checkpoint = sources.checkpoint
     transformer = checkpoint.config["transformer"]
@@ -361,7 +332,7 @@ def _model_entry(writer: BundleWriter, sources: Sources, options: ExportOptions,
     return ModelEntry(
         name=checkpoint.name,
         version=checkpoint.version,
-        checkpoint_sha256=_checkpoint_sha256(writer, checkpoint),
+        checkpoint_sha256=checkpoint.sha256(writer.sha256),
         semantics=options.semantics.value,
         licence=options.licence,
         context_tokens=sources.text_encoder.context_length,
@@ -370,4 +341,7 @@ def _model_entry(writer: BundleWriter, sources: Sources, options: ExportOptions,
         auto_pixels=options.auto_pixels,
         rope_max_position=(float(seconds), float(height), float(width)),
         stream=stream,
+        loras=tuple(
+            LoraEntry(name=lora.path.stem, scale=lora.scale, sha256=writer.sha256(lora.path)) for lora in sources.loras
+        ),
     )

@@ -21,6 +21,7 @@ from ltxrt.manifest import NETWORK_NAMES
 from ltxrt.preset import load_presets
 
 from .bundle_writer import BundleWriter
+from .changed_weights import ChangedWeights
 from .networks.spec import NetworkSpec, axis_of
 from .parity import ParityRow, limit_of, open_runner, parity_row, tensor_specs
 from .quantize.calibrate import CalibrationOptions, run_clip
@@ -102,6 +103,7 @@ class PresetNetworks:
         keys: Key of each fp32 network in the bundle.
         calibration: Their ranges.
         backend: What the bundle is for.
+        changes: Weights that are not as the checkpoint stores them; those in E4M3 go into FP8 networks as they are.
     """
 
     def __init__(
@@ -111,14 +113,18 @@ class PresetNetworks:
         keys: Mapping[str, str],
         calibration: Calibration,
         backend: Backend,
+        changes: ChangedWeights | None = None,
     ) -> None:
         self._writer, self._specs, self._keys = writer, specs, keys
         self._bf16 = backend == "gpu"
+        scales = {} if changes is None else changes.stored_scales
+        self._eight_bit = {} if changes is None else {key: changes.changes[key].source for key in scales}
         self._settings = PrecisionSettings(
             folder=writer.weights_folder,
             location=writer.location,
             calibration=calibration,
             wide="bf16" if self._bf16 else "fp32",
+            stored_scales=scales,
             sha256=writer.sha256,
         )
 
@@ -155,7 +161,7 @@ class PresetNetworks:
         """Key of the new network, and notes."""
         spec = self._specs[name]
         model = onnx.load(self._writer.path_of(self._keys[name]), load_external_data=False)
-        weights = {ref.key: ref for ref in spec.weights.values()}
+        weights = {ref.key: ref for ref in spec.weights.values()} | self._eight_bit
         settings = replace(self._settings, together=together)
         variant = apply_precision(model, name, precision, weights, settings)
         notes = tuple(
