@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ltxrt.bundle import Bundle, file_sha256
 from ltxrt.cli_process import emit
 from ltxrt.cli_progress import reporter
-from ltxrt.errors import ExportError
+from ltxrt.errors import ExportError, shown
 from ltxrt.manifest import NETWORK_NAMES
 from ltxrt.result import Progress
 
@@ -29,8 +29,6 @@ __all__ = ["verify"]
 
 _SEEDS = 2**31
 
-NetworkName = Literal["text_encoder", "audio_encoder", "image_encoder", "denoiser", "upsampler", "video_decoder"]
-
 
 def verify(  # noqa: PLR0913  # one parameter per flag
     bundle: Annotated[
@@ -44,7 +42,7 @@ def verify(  # noqa: PLR0913  # one parameter per flag
     upsampler: UpsamplerFlag = None,
     lora: LoraFlag = None,
     network: Annotated[
-        list[NetworkName] | None, typer.Option(help="Only this network; may be given again.", show_default=False)
+        list[str] | None, typer.Option(help="Only this network; may be given again.", show_default=False)
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the inputs; else a fresh one, which is shown.", min=0, show_default=False)
@@ -52,7 +50,7 @@ def verify(  # noqa: PLR0913  # one parameter per flag
     as_json: JsonFlag = False,
 ) -> None:
     """Run every network of a bundle against the class that it came from; exit code 9 where one is off its limit."""
-    names: Sequence[str] = [name for name in NETWORK_NAMES if network is None or name in network]
+    names = _names(network)
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     typer.echo(f"inputs of seed {seed}; reading every file of the bundle", err=True)
     opened = Bundle.open(bundle, verify=True)
@@ -75,6 +73,13 @@ def verify(  # noqa: PLR0913  # one parameter per flag
         named = ", ".join(f"{report.network} {report.precision}" for report in failed)
         typer.echo(f"error: {opened.path}: {named}: not what the torch class makes of the same inputs", err=True)
         raise typer.Exit(ExportError.exit_code)
+
+
+def _names(network: Sequence[str] | None) -> list[str]:
+    for name in network or ():
+        if name not in NETWORK_NAMES:
+            raise typer.BadParameter(f"{shown(name)} is no network; allowed: {', '.join(NETWORK_NAMES)}")
+    return [name for name in NETWORK_NAMES if network is None or name in network]
 
 
 def _sources(
