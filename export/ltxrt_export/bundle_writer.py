@@ -96,7 +96,7 @@ class BundleWriter:
         """
         with _written(self._destination):
             # A killed run may have made some of them.
-            there = sum(path.stat().st_size for path in _files(self.weights_folder))
+            there = sum(path.stat().st_size for path in _files(self.weights_folder) if is_finished(path))
             return disk.plan_weights(files, self.weights_folder, max(0, made_bytes - there))
 
     def add_weights(self, path: Path) -> Generator[int]:

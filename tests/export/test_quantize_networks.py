@@ -392,7 +392,7 @@ def test_fp32_is_the_graph_itself(networks: Mapping[str, Network], settings: Pre
 def test_calibrating_networks_that_are_not_fp32_is_refused(bundle: Bundle) -> None:
     entries = {key: entry.model_copy(update={"precision": "fp16"}) for key, entry in bundle.manifest.networks.items()}
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"networks": entries}))
-    with pytest.raises(ExportError, match="text_encoder is not there in fp32, which calibration needs"):
+    with pytest.raises(ExportError, match="text_encoder is not there in fp32, which this needs: export with"):
         next(calibrate(other))
 
 

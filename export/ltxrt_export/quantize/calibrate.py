@@ -202,7 +202,7 @@ def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
     for entry in bundle.manifest.networks.values():
         if entry.network == name and entry.precision == "fp32":
             return entry
-    raise ExportError(f"{bundle.path}: {name} is not there in fp32, which calibration needs: export with --precision fp32")
+    raise ExportError(f"{bundle.path}: {name} is not there in fp32, which this needs: export with --precision fp32")
 
 
 def _graph_tap(path: Path, watched: Sequence[str]) -> Tap:
