@@ -8,16 +8,20 @@ reaches beyond its tensors is found out.
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import ltxrt_kernels
 from ltxrt_kernels.arrays import Arrays, excess
+from ltxrt_kernels.cache import CubinCache
+from ltxrt_kernels.device import DeviceTensors, opened_device
 from ltxrt_kernels.dtypes import STORAGE
+from ltxrt_kernels.launch import DeviceKernels
 from ltxrt_kernels.ops import OPS
 from ltxrt_kernels.spec import Port, Problem
 
@@ -104,9 +108,15 @@ def build(batch: Sequence[Problem], stem: Path) -> ctypes.CDLL:
 def emulated(libraries: Callable[..., ctypes.CDLL], capfd: pytest.CaptureFixture[str]) -> Callable[..., float]:
     """Run a problem's kernel on the CPU and compare it; ``batch`` holds all sizes that are compiled with it."""
 
-    def run(problem: Problem, batch: Sequence[Problem], inputs: Arrays | None = None) -> float:
+    def run(
+        problem: Problem, batch: Sequence[Problem], inputs: Arrays | None = None, *, in_place: str | None = None
+    ) -> float:
         inputs = OPS[problem.op].generate_inputs(problem, 11) if inputs is None else inputs
         sources, targets = guarded(problem, inputs)
+        if in_place is not None:  # the first output takes the place of that input
+            index = [port.name for port in problem.inputs].index(in_place)
+            targets[0].tensor[...] = inputs[in_place]
+            sources[index] = targets[0]
         launch = problem.launch()
         integers = [ctypes.c_int(value) for value in launch.integers]
         pointers = [
@@ -122,5 +132,32 @@ def emulated(libraries: Callable[..., ctypes.CDLL], capfd: pytest.CaptureFixture
         for buffer in targets:
             buffer.check_guards()
         return worst(problem, inputs, {buffer.port.name: buffer.tensor for buffer in targets})
+
+    return run
+
+
+# --- on the GPU ---
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, DeviceKernels]]:
+    """The first GPU, a stream on it, and its kernels, compiled in this session."""
+    with opened_device() as (opened, stream):
+        yield opened, stream, DeviceKernels(opened, CubinCache(tmp_path_factory.mktemp("cubins")))
+
+
+@pytest.fixture
+def on_gpu(request: pytest.FixtureRequest) -> Callable[[Problem], float]:
+    """Run a problem's kernel on the GPU and compare it. The device is looked for when it is called: not before the
+    marker has had its say.
+    """
+
+    def run(problem: Problem) -> float:
+        opened, stream, kernels = request.getfixturevalue("device")
+        inputs = OPS[problem.op].generate_inputs(problem, 12)
+        with DeviceTensors(opened, stream, problem) as tensors:
+            tensors.upload(inputs)
+            kernels.load(problem).launch(stream, tensors.addresses)
+            return worst(problem, inputs, tensors.download())
 
     return run
