@@ -182,12 +182,12 @@ def _values(change: Change) -> Iterator[NDArray[Any]]:
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         values = read_values(source, part)
-        if scale is not None:
-            values *= scale.reshape(-1, 1)[part] if scale.size > 1 else scale.reshape(())
-        for down, up, factor in deltas:
-            values += factor * (up[part] @ down)
         # What is beyond the type becomes infinite, which is what is looked for.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if scale is not None:
+                values *= scale.reshape(-1, 1)[part] if scale.size > 1 else scale.reshape(())
+            for down, up, factor in deltas:
+                values += factor * (up[part] @ down)
             rounded = values.astype(dtype)
         if not np.isfinite(rounded).all():
             raise ExportError(f"{source.path}: {source.key} is not finite in {change.dtype} with all that is added")

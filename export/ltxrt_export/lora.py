@@ -148,16 +148,12 @@ def _by_weight(file: TensorFile, checkpoint: Checkpoint) -> dict[str, dict[str, 
 
 def _checkpoint_key(layer: str, checkpoint: Checkpoint) -> str | None:
     """The key of a layer's weight; None where there is none."""
-    layer = layer.removeprefix(_PEFT)
-    candidates: list[str] = []
-    for prefix in _OF_THE_CHECKPOINT:
-        if layer.startswith(prefix):
-            candidates.append(_DIT + layer.removeprefix(prefix))
-    if layer.startswith(_OF_DIFFUSERS):
-        name = layer.removeprefix(_OF_DIFFUSERS)
+    weight = f"{layer.removeprefix(_PEFT)}.weight"
+    candidates = [_DIT + weight.removeprefix(prefix) for prefix in _OF_THE_CHECKPOINT if weight.startswith(prefix)]
+    if weight.startswith(_OF_DIFFUSERS):
+        name = weight.removeprefix(_OF_DIFFUSERS)
         candidates += [keys.key_map("transformer").stored(name), _DIT + name]
-    known = checkpoint.file.tensors
-    return next((f"{key}.weight" for key in candidates if f"{key}.weight" in known), None)
+    return next((key for key in candidates if key in checkpoint.file.tensors), None)
 
 
 def _delta(given: LoraFile, key: str, parts: Mapping[str, TensorRef], weight: TensorRef) -> Delta:
