@@ -61,9 +61,7 @@ def worst(problem: Problem, inputs: Arrays, outputs: Arrays) -> float:
     """How much of the tolerance the worst output uses up."""
     expected = OPS[problem.op].reference(problem, inputs)
     assert set(expected) == {port.name for port in problem.outputs}
-    return max(
-        excess(outputs[port.name], expected[port.name], port, problem.tolerance) for port in problem.outputs
-    )
+    return max(excess(outputs[port.name], expected[port.name], port, problem.tolerance) for port in problem.outputs)
 
 
 # --- on the CPU ---
