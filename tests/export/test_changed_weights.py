@@ -25,7 +25,6 @@ from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.parity import limit_of, open_runner, relative_error, tensor_specs
 from ltxrt_export.quantize.precision import PrecisionSettings, apply_precision
-from ltxrt_export.quantize.recipe import load_recipe
 from ltxrt_export.references import REFERENCES
 from ltxrt_export.weight_check import weight_rows
 from ltxrt_export.weights import TensorFile
@@ -170,8 +169,6 @@ def test_the_fp8_network_holds_the_published_codes(
     settings = PrecisionSettings(
         folder=tmp_path, location=lambda path: path.name, surroundings="fp32", stored_scales=weights.stored_scales
     )
-    kept = [key for key in load_recipe("denoiser", "fp8").select(eight_bit).quantised if key not in eight_bit]
-    assert kept == []
     # The blocks at the ends are the recipe's own to quantise, for which nothing is calibrated.
     with pytest.raises(ExportError, match="give a calibration"):
         apply_precision(model, "denoiser", "fp8", refs, settings)
