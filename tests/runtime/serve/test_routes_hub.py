@@ -188,6 +188,8 @@ def test_other_refusals(client, sound, server):
     assert client.post("/api/ai/queue", json=body(sound, num_generations=5)).status_code == 422
     assert client.post("/api/ai/queue", content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
     assert client.post("/api/ai/queue", content=b"x", headers={"Content-Type": "text/plain"}).status_code == 415
+    half = rb'{"prompt": "\ud800", "input_audio": "x"}'
+    assert client.post("/api/ai/queue", content=half, headers={"Content-Type": "application/json"}).status_code == 400
     assert client.get("/api/ai/queue", params={"status": "odd"}).status_code == 422
     assert client.get("/api/ai/queue/unknown").json()["error"]["type"] == "resource_not_found"
     assert client.get("/api/ai/nothing").status_code == 404
