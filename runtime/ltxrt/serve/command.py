@@ -84,5 +84,8 @@ def _listening(settings: Settings) -> Generator[socket.socket]:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise OutputError(f"{settings.host}:{settings.port}: cannot listen there ({error.strerror})") from error
+    # Accepted sockets inherit it. asyncio sets it only on sockets that name their protocol, which this one does not,
+    # and without it every answer on a kept connection waits 40 ms for the peer's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with listener:
         yield listener

@@ -39,7 +39,7 @@ async def generate(request: Request) -> Response:
     owner = caller(request)
     body = await json_body(request)
     wanted = body.fields.get("response_format", "url")
-    if wanted not in _FORMATS:
+    if not (isinstance(wanted, str) and wanted in _FORMATS):
         raise ProblemError("invalid_params", f"response_format: {', '.join(_FORMATS)}", field="response_format")
     if "num_generations" in body.fields:
         raise ProblemError("invalid_params", "num_generations: on the queue only", field="num_generations")
@@ -140,7 +140,7 @@ def check_model(name: object) -> None:
     Raises:
         ProblemError: It is not.
     """
-    if name is not None and name not in MODEL_NAMES:
+    if name is not None and not (isinstance(name, str) and name in MODEL_NAMES):
         raise ProblemError("resource_not_found", f"Model not found: {str(name)[:100]}", field="model")
 
 

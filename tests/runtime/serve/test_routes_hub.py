@@ -185,6 +185,8 @@ def test_refusals_name_the_field(client, sound, change, field):
 
 def test_other_refusals(client, sound, server):
     assert client.post("/api/ai/queue", json=body(sound, model="other")).status_code == 404
+    assert client.post("/api/ai/queue", json=body(sound, model={})).status_code == 404
+    assert client.post("/api/ai/videos/generate", json=body(sound, response_format=[])).status_code == 422
     assert client.post("/api/ai/queue", json=body(sound, num_generations=5)).status_code == 422
     assert client.post("/api/ai/queue", content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
     assert client.post("/api/ai/queue", content=b"x", headers={"Content-Type": "text/plain"}).status_code == 415

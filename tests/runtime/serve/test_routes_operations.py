@@ -19,6 +19,15 @@ def test_open_routes(server):
             assert answer.headers["content-type"] == "application/problem+json"
 
 
+def test_answers_do_not_wait_for_acknowledgements(client):
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        client.get("/health")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.035  # a delayed acknowledgement takes 40 ms, every time
+
+
 def test_metrics(client, sound):
     body = {"prompt": "a face", "input_audio": sound, "resolution": "128x128"}
     assert client.post("/api/ai/videos/generate", json=body).status_code == 200
