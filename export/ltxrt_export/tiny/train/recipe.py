@@ -35,6 +35,8 @@ _RECORDINGS = 260
 def train_tiny(folder: Path, minutes: float, seed: int = 0) -> Iterator[Progress]:
     """Train the tiny model and write it to ``trained_paths(folder)``; an interrupted run goes on where it was.
 
+    The arithmetic runs on torch's default device; clips are drawn on the CPU.
+
     Args:
         folder: For checkpoints and the result; made if it is not there.
         minutes: Wall time of all training steps together.

@@ -27,14 +27,24 @@ __all__ = ["VideoVaePhase", "pixels_to_unit", "psnr", "random_scene"]
 
 _FRAMES = 17
 #: Canvases in the pool and how often; the first stage sees each at half size.
-_SIZES: Mapping[tuple[int, int], float] = {(128, 128): 5, (192, 192): 3}
+_SIZES: Mapping[tuple[int, int], float] = {
+    (128, 128): 4,
+    (192, 192): 5,
+    (128, 256): 3,
+    (256, 128): 2,
+    (256, 256): 3,
+}
 #: Pixels of a batch.
 _PIXELS = 3 * 9 * 128 * 128
-_MUON_RATE, _ADAM_RATE = 0.02, 2e-3
+_MUON_RATE, _ADAM_RATE = 0.01, 1e-3
 #: Standard deviation of the noise on the code that the decoder is to forgive.
 _NOISE = 0.1
-#: The encoder takes part in one step of so many.
-_ENCODER_EVERY = 3
+#: Of the encoder's square error beside the decoder's loss.
+_ENCODING_WEIGHT = 0.5
+#: Single pictures that the encoder sees for each clip of a batch, besides its first frame.
+_STILLS = 3
+#: One step in so many decodes what the encoder makes of the first frame, and one in so many encodes whole clips.
+_OWN_EVERY, _CLIPS_EVERY = 2, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class VideoVaePhase:
         self._test = {size: [_draw(held_out, size, named=True) for _ in range(3)] for size in self._sizes}
         parameters = list(self._vae.named_parameters())
         self._optimiser = Optimiser(parameters, _MUON_RATE, _ADAM_RATE)
-        self._average = Average((parameter for _, parameter in parameters), 0.99)
+        self._average = Average((parameter for _, parameter in parameters), 0.995)
         self._steps = 0
 
     def step(self, progress: float) -> float:
@@ -85,18 +95,19 @@ class VideoVaePhase:
             pool[int(self._random.integers(len(pool)))] = self._clip(size)
         clips, codes, weight = self._batch(size)
         noisy = codes + _NOISE * (torch.randn_like(codes) + torch.randn_like(codes[..., :1, :1]))
-        with torch.autocast("cpu", torch.bfloat16):
+        encoding = torch.zeros(())
+        if self._steps % _OWN_EVERY == 0:
+            first, encoding = self._encoded(_channels_last(clips[:, :, :1]), codes[:, :, :1])
+            more = self._encoded(*self._stills(size, len(clips)))[1]
+            encoding = (encoding + _STILLS * more) / (1 + _STILLS)
+            noisy = _channels_last(torch.cat([first, noisy[:, :, 1:]], dim=2))
+        if self._steps % _CLIPS_EVERY == 0:
+            encoding = encoding + self._encoded(clips, codes)[1]
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             decoded = self._vae.decoder(noisy).float()
         error = torch.sqrt(torch.square(decoded - clips) + 1e-4)
         loss = (error * weight).mean() / weight.mean()
-        loss.backward()
-        if self._steps % _ENCODER_EVERY == 0:
-            halves = halved(clips)
-            errors = [
-                (self._encode(source) - codes[..., : source.shape[3] // 32, : source.shape[4] // 32]).square().mean()
-                for source in (clips, halves)
-            ]
-            torch.stack(errors).sum().backward()
+        (loss + _ENCODING_WEIGHT * encoding).backward()
         self._optimiser.step(progress)
         self._average.update()
         self._steps += 1
@@ -104,21 +115,21 @@ class VideoVaePhase:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out clips by size, averaged weights: PSNR in dB from the true code and from the encoder's."""
+        """Of held-out clips by size: PSNR in dB, frame 0 from the encoder, and its code's error; averaged weights."""
         self._average.swap()
         result: dict[str, float] = {}
         for size, drawn in self._test.items():
             pixels = pixels_to_unit(np.stack([one.pictures for one in drawn]))
             codes = _spread([one.code(slice(None)) for one in drawn], size)
-            encoded = self._encode(pixels)
-            low = size[0] * 5 // 8
-            mouth = (..., slice(low, low + size[0] // 4), slice(size[1] // 3, size[1] * 2 // 3))
-            for name, code in (("code", codes), ("own", encoded)):
-                with torch.autocast("cpu", torch.bfloat16):
-                    decoded = self._vae.decoder(code).float()
-                result[f"{name}_{size[0]}"] = psnr(decoded, pixels)
-                result[f"{name}_mouth_{size[0]}"] = psnr(decoded[mouth], pixels[mouth])
-            result[f"encoder_{size[0]}"] = float((encoded - codes).square().mean())
+            first = self._encode(pixels[:, :, :1])
+            mouth = torch.as_tensor(mouth_mask(size)) > 0
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+                decoded = self._vae.decoder(torch.cat([first, codes[:, :, 1:]], dim=2)).float()
+            name = f"{size[0]}x{size[1]}"
+            result[f"later_{name}"] = psnr(decoded[:, :, 1:], pixels[:, :, 1:])
+            result[f"mouth_{name}"] = psnr(decoded[:, :, 1:, mouth], pixels[:, :, 1:, mouth])
+            result[f"first_{name}"] = psnr(decoded[:, :, :1], pixels[:, :, :1])
+            result[f"encoder_{name}"] = float((first - codes[:, :, :1]).square().mean())
         self._average.swap()
         return result
 
@@ -143,8 +154,15 @@ class VideoVaePhase:
         self._steps = int(state["steps"])
 
     def _encode(self, clips: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        # A bf16 weight gradient of a single picture of 256x256 is NaN (torch 2.13, oneDNN).
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=len(clips) > 1):
             return self._vae.encoder(clips)[:, : self._vae.latents_mean.shape[0]].float()
+
+    def _encoded(self, clips: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of clips, and how far that and its view of their halves are from the codes."""
+        full, half = self._encode(clips), self._encode(halved(clips))
+        error = (full - codes).square().mean()
+        return full, error + (half - codes[..., : half.shape[3], : half.shape[4]]).square().mean()
 
     def _clip(self, size: tuple[int, int]) -> _Drawn:
         return _draw(self._random, size, named=bool(self._random.random() < 0.75))
@@ -163,7 +181,23 @@ class VideoVaePhase:
             codes.append(pool[int(index)].code(part))
         pixels = pixels_to_unit(np.stack(pictures))
         moving = (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
-        return pixels, _spread(codes, size), 1 + 6 * moving + 3 * torch.from_numpy(mouth_mask(size))
+        return pixels, _spread(codes, size), 1 + 6 * moving + 3 * torch.as_tensor(mouth_mask(size))
+
+    def _stills(self, size: tuple[int, int], clips: int) -> tuple[Tensor, Tensor]:
+        """Pictures [B, 3, 1, H, W] and their codes [B, 32, 1, h, w]."""
+        random, pool = self._random, self._pool[size]
+        pictures: list[NDArray[np.uint8]] = []
+        codes: list[Floats] = []
+        for index in random.integers(len(pool), size=_STILLS * clips):
+            start = int(random.integers(_FRAMES))
+            frame = slice(start, start + 1)
+            pictures.append(pool[int(index)].pictures[frame])
+            codes.append(pool[int(index)].code(frame))
+        return _channels_last(pixels_to_unit(np.stack(pictures))), _spread(codes, size)
+
+
+def _channels_last(clips: Tensor) -> Tensor:
+    return clips.contiguous(memory_format=torch.channels_last_3d)
 
 
 def random_scene(random: np.random.Generator) -> Scene:
@@ -174,12 +208,12 @@ def random_scene(random: np.random.Generator) -> Scene:
 
 def pixels_to_unit(pictures: NDArray[np.uint8]) -> Tensor:
     """[B, T, H, W, 3] uint8 to [B, 3, T, H, W] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pictures).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return torch.as_tensor(pictures).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def halved(clips: Tensor) -> Tensor:
     """Clips at half size: the mean of two by two pixels."""
-    return F.avg_pool3d(clips, (1, 2, 2)).contiguous(memory_format=torch.channels_last_3d)
+    return _channels_last(F.avg_pool3d(clips, (1, 2, 2)))
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
@@ -199,7 +233,7 @@ def mouth_mask(size: tuple[int, int]) -> NDArray[np.float32]:
 
 def _spread(codes: list[Floats], size: tuple[int, int]) -> Tensor:
     """Codes [f, 32] to a latent that is the same everywhere, [B, 32, f, h, w]."""
-    stacked = torch.from_numpy(np.stack(codes)).transpose(1, 2)[..., None, None]
+    stacked = torch.as_tensor(np.stack(codes)).transpose(1, 2)[..., None, None]
     return stacked.expand(-1, -1, -1, size[0] // 32, size[1] // 32).contiguous(memory_format=torch.channels_last_3d)
 
 
