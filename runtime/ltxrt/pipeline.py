@@ -20,6 +20,7 @@ from .mux import FragmentMuxer, MuxOptions
 from .plan import Plan, plan_clip
 from .request import Request
 from .result import Fragment, Progress, Result, summarise
+from .shapes import TEMPORAL_COMPRESSION
 from .timing import Timings
 from .tokenizer import PromptTokenizer
 from .upsample import upsample
@@ -180,6 +181,7 @@ class Pipeline:
             audio_bitrate=plan.preset.audio_bitrate,
             tags={"model": self.bundle.manifest.model.name},
         )
+        most = TEMPORAL_COMPRESSION * plan.preset.decode_chunk_latents
         with FragmentMuxer(options, plan.output_audio) as muxer:
             chunks = decoder.chunks(latent, plan.frames, plan.rate)
             while True:
@@ -188,12 +190,14 @@ class Pipeline:
                 if chunk is None:
                     break
                 timings.note("last_chunk_decoded")
-                with timings.stage("mux"):
-                    data = muxer.write(chunk.frames)
-                if data:
-                    timings.mark("first_fragment")
-                    yield Fragment(data)
-                yield Progress("decode", muxer.frames_written, plan.frames)
+                # The last chunk holds all that was held back for the look-ahead; a short clip is one such chunk.
+                for start in range(0, len(chunk.frames), most):
+                    with timings.stage("mux"):
+                        data = muxer.write(chunk.frames[start : start + most])
+                    if data:
+                        timings.mark("first_fragment")
+                        yield Fragment(data)
+                    yield Progress("decode", muxer.frames_written, plan.frames)
             with timings.stage("mux"):
                 data = muxer.finish()
             timings.add_backend("media_encoders", muxer.seconds_encoding)

@@ -11,7 +11,7 @@ from ltxrt.media import bundled_speech
 from ltxrt.pipeline import Pipeline
 from ltxrt.readback import check_clip
 from ltxrt.request import Request
-from ltxrt.result import Fragment, Result
+from ltxrt.result import Fragment, Progress, Result
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +77,13 @@ def test_the_stream_leaves_early_and_costs_little(pipeline: Pipeline) -> None:
     elsewhere = sum(result.backend_seconds.values()) + result.stage_seconds["plan"]
     assert result.wall_seconds - elsewhere < 0.1 * result.wall_seconds
     assert sum(isinstance(event, Fragment) for event in events) > 2
+
+
+def test_a_clip_shorter_than_the_look_ahead_leaves_in_pieces(pipeline: Pipeline) -> None:
+    """41 frames are one call of the decoder; encoding them all first would only add to the wait."""
+    request = speech(resolution="128x128", match_audio_length=False, num_frames=41)
+    events = list(pipeline.events(request))
+    encoded = [event for event in events if isinstance(event, Progress) and event.stage == "decode"]
+    assert [event.step for event in encoded] == [32, 41]
+    first = next(index for index, event in enumerate(events) if isinstance(event, Fragment))
+    assert first < events.index(encoded[-1])

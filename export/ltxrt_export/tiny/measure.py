@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clip of the drawn world shows, measured from its pixels: mouth, colours, and how they go with the sound."""
+"""What a clip of the drawn world shows, measured from its pixels: mouth, colours, and how they go with the sound.
 
+And how near two clips are to each other: PSNR and SSIM.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,16 +12,32 @@ from numpy.typing import NDArray
 
 from ltxrt_export.tiny.mouth import Floats, frame_times, mouth_track
 from ltxrt_export.tiny.world import COLOURS, MOUTH_BOX, PARTS
+from ltxrt_kernels.rgb_to_yuv420 import (
+    CB_RANGE,
+    CHROMA_OFFSET,
+    CHROMA_SCALE,
+    CR_RANGE,
+    KB,
+    KG,
+    KR,
+    LUMA_OFFSET,
+    LUMA_SCALE,
+)
 
 __all__ = [
     "CLOSED",
     "Sync",
+    "best_lag",
+    "correlations",
     "energy_envelope",
+    "luma",
     "mouth_opening",
     "nearest_colour",
     "part_colours",
     "pearson",
     "psnr",
+    "rgb_pictures",
+    "ssim",
     "synchrony",
 ]
 
@@ -94,22 +114,96 @@ def pearson(first: Floats, second: Floats) -> float:
     return float((a * b).sum() / scale) if scale > 1e-9 else 0.0
 
 
-def synchrony(mouth: Floats, envelope: Floats, most: int = 5) -> Sync:
-    """Compare a measured mouth with the envelope it should have, at lags up to ``most`` frames either way."""
-    scores = {
+def correlations(mouth: Floats, envelope: Floats, most: int = 5) -> dict[int, float]:
+    """Pearson correlation of a measured mouth with the envelope it should have, by lag, up to ``most`` frames."""
+    return {
         lag: pearson(
             mouth[max(0, lag) : len(mouth) + min(0, lag)], envelope[max(0, -lag) : len(envelope) - max(0, lag)]
         )
         for lag in range(-most, most + 1)
     }
-    best = max(scores, key=lambda lag: (scores[lag], -abs(lag)))
+
+
+def best_lag(scores: Mapping[int, float]) -> int:
+    """The lag of the highest correlation; of equal ones the shortest."""
+    return max(scores, key=lambda lag: (scores[lag], -abs(lag)))
+
+
+def synchrony(mouth: Floats, envelope: Floats, most: int = 5) -> Sync:
+    """Compare a measured mouth with the envelope it should have, at lags up to ``most`` frames either way."""
+    scores = correlations(mouth, envelope, most)
+    best = best_lag(scores)
     return Sync(scores[best], best, scores[0])
+
+
+def luma(frames: Pictures) -> Pictures:
+    """The luma planes [n, H, W] of decoded frames [n, 3/2 H, W], planar YUV 4:2:0."""
+    return frames[:, : frames.shape[1] * 2 // 3]
+
+
+def rgb_pictures(frames: Pictures) -> Pictures:
+    """Decoded frames as pictures.
+
+    The inverse of ``ltxrt_kernels.rgb_to_yuv420``, chroma interpolated linearly between the middles of its blocks.
+
+    Args:
+        frames: [n, 3/2 H, W], planar YUV 4:2:0, BT.709, limited range.
+
+    Returns:
+        [n, H, W, 3] uint8.
+    """
+    count, rows, width = frames.shape
+    height = rows * 2 // 3
+    blue, red = (
+        (_doubled(plane.astype(np.float32)) - np.float32(CHROMA_OFFSET)) / np.float32(CHROMA_SCALE)
+        for plane in frames[:, height:].reshape(count, 2, height // 2, width // 2).swapaxes(0, 1)
+    )
+    grey = (luma(frames).astype(np.float32) - np.float32(LUMA_OFFSET)) / np.float32(LUMA_SCALE)
+    r, b = grey + np.float32(CR_RANGE) * red, grey + np.float32(CB_RANGE) * blue
+    g = (grey - np.float32(KR) * r - np.float32(KB) * b) / np.float32(KG)
+    return np.rint(np.clip(np.stack([r, g, b], axis=-1), 0, 1) * 255).astype(np.uint8)
 
 
 def psnr(first: Pictures, second: Pictures) -> float:
     """Peak signal to noise ratio of two pictures or clips of uint8, in dB; 100 where they are equal."""
     error = float(np.square(first.astype(np.float64) - second).mean())
     return 10 * float(np.log10(255**2 / error)) if error > 0 else 100.0
+
+
+def ssim(first: Pictures, second: Pictures) -> float:
+    """Mean structural similarity of two clips of one channel, [n, H, W] uint8 each; 1 where they are equal.
+
+    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
+    IEEE Transactions on Image Processing 13(4), 2004, equations 13 to 17: a Gaussian window of 11x11 with a standard
+    deviation of 1.5, K1 = 0.01, K2 = 0.03 and L = 255, over the places where the whole window lies in the picture.
+    """
+    offsets = np.arange(11) - 5
+    window = np.exp(-np.square(offsets) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        for axis in (1, 2):
+            values = np.lib.stride_tricks.sliding_window_view(values, len(window), axis=axis) @ window
+        return values
+
+    x, y = first.astype(np.float64), second.astype(np.float64)
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return float((likeness / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))).mean())
+
+
+def _doubled(plane: Floats) -> Floats:
+    """A plane [n, h, w] at twice its size, linear between the middles of its pixels."""
+    for axis in (1, 2):
+        pad = [(int(a == axis), int(a == axis)) for a in range(3)]
+        line = np.moveaxis(np.pad(plane, pad, "edge"), axis, 0)
+        near, before, after = line[1:-1], line[:-2], line[2:]
+        pairs = np.stack([near * 0.75 + before * 0.25, near * 0.75 + after * 0.25], axis=1, dtype=np.float32)
+        plane = np.moveaxis(pairs.reshape(2 * len(near), *near.shape[1:]), 0, axis)
+    return plane
 
 
 def _rows(height: int, width: int, top: float, bottom: float) -> slice:
