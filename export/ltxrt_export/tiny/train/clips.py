@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ltxrt.image import first_frame
 from ltxrt.shapes import SPATIAL_COMPRESSION, LatentShape, audio_token_count, frame_rate, samples_for_frames
 from ltxrt_export.networks.text_encoder import TextEncoder
 from ltxrt_export.tiny.captions import caption, random_names
@@ -21,10 +23,10 @@ from ltxrt_export.tiny.train.fused import fast_norms
 from ltxrt_export.tiny.train.model import TinyModel
 from ltxrt_export.tiny.train.sound_encoder import audio_tokens, log_mel
 from ltxrt_export.tiny.train.text import encode_prompts, token_ids
-from ltxrt_export.tiny.train.vae import pixels_to_unit
+from ltxrt_export.tiny.train.vae import IMAGE_CRF
 from ltxrt_export.tiny.world import Scene, code_of, render
 
-__all__ = ["Clip", "ClipSource", "Kind", "Script", "encode_video"]
+__all__ = ["Clip", "ClipSource", "Kind", "Script", "encode_first"]
 
 
 #: Standard deviation of the noise, at most, that stands for the first stage's errors.
@@ -139,7 +141,7 @@ class ClipSource:
         upsampled = code + error * torch.randn_like(code)
         code, upsampled = (values.expand(-1, places, -1).flatten(0, 1) for values in (code, upsampled))
         picture = render(script.scene, MouthTrack(*(track[:1] for track in script.mouth)), times[:1], *kind.pixels)
-        first = encode_video(self._model.video_vae, picture)
+        first = encode_first(self._model.video_vae, first_frame(picture[0], *reversed(kind.pixels), IMAGE_CRF))
         return Clip(code, first, script.audio, script.contexts, upsampled)
 
     def _audio(self, sound: Floats) -> Tensor:
@@ -149,8 +151,8 @@ class ClipSource:
         return ((tokens - vae.latents_mean) / vae.latents_std)[0]
 
 
-def encode_video(vae: Any, pictures: np.ndarray) -> Tensor:
-    """Pictures [T, H, W, 3] uint8 to normalised tokens [Nv, 128]."""
+def encode_first(vae: Any, picture: NDArray[np.float32]) -> Tensor:
+    """A conditioning picture [1, 3, 1, H, W] to normalised tokens [tokens of a frame, 32]."""
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
-        mean = vae.encoder(pixels_to_unit(pictures[None]))[:, : vae.latents_mean.shape[0]].float()
+        mean = vae.encoder(torch.as_tensor(picture))[:, : vae.latents_mean.shape[0]].float()
     return (mean.flatten(2).transpose(1, 2)[0] - vae.latents_mean) / vae.latents_std

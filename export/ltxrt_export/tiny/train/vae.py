@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ltxrt.image import first_frame
 from ltxrt_export.tiny.mouth import Floats, MouthTrack, frame_times
 from ltxrt_export.tiny.train.fused import fast_norms, plain_norms
 from ltxrt_export.tiny.train.model import TinyModel
 from ltxrt_export.tiny.train.optimiser import Average, Optimiser
 from ltxrt_export.tiny.world import COLOURS, MOUTH_BOX, PARTS, Scene, code_of, render
 
-__all__ = ["VideoVaePhase", "pixels_to_unit", "psnr", "random_scene"]
+__all__ = ["IMAGE_CRF", "SIZES", "VideoVaePhase", "pixels_to_unit", "psnr", "random_scene"]
 
 _FRAMES = 17
 #: Canvases in the pool and how often; the first stage sees each at half size.
-_SIZES: Mapping[tuple[int, int], float] = {
+SIZES: Mapping[tuple[int, int], float] = {
     (128, 128): 4,
     (192, 192): 5,
     (128, 256): 3,
@@ -36,13 +37,15 @@ _SIZES: Mapping[tuple[int, int], float] = {
 }
 #: Pixels of a batch.
 _PIXELS = 3 * 9 * 128 * 128
-_MUON_RATE, _ADAM_RATE = 0.01, 1e-3
+_MUON_RATE, _ADAM_RATE = 0.012, 1e-3
 #: Standard deviation of the noise on the code that the decoder is to forgive.
 _NOISE = 0.1
 #: Of the encoder's square error beside the decoder's loss.
 _ENCODING_WEIGHT = 0.5
+#: Of the first frame's compression, as published.
+IMAGE_CRF = 33
 #: Single pictures that the encoder sees for each clip of a batch, besides its first frame.
-_STILLS = 3
+_STILLS = 2
 #: One step in so many decodes what the encoder makes of the first frame, and one in so many encodes whole clips.
 _OWN_EVERY, _CLIPS_EVERY = 2, 12
 
@@ -66,16 +69,19 @@ class VideoVaePhase:
         model: Its ``video_vae`` is trained.
         seed: Of the clips.
         pool: Clips kept in memory; one is redrawn every few steps.
+        sizes: Canvases, height and width, and how often each is trained.
     """
 
     name = "video_vae"
 
-    def __init__(self, model: TinyModel, seed: int, pool: int = 120) -> None:
+    def __init__(
+        self, model: TinyModel, seed: int, pool: int = 120, sizes: Mapping[tuple[int, int], float] = SIZES
+    ) -> None:
         self._vae = model.video_vae.requires_grad_(True).to(memory_format=torch.channels_last_3d)
         fast_norms(self._vae)
         self._random = np.random.default_rng([seed, 1])
-        weights = np.array(list(_SIZES.values()))
-        self._sizes, self._weights = list(_SIZES), weights / weights.sum()
+        weights = np.array(list(sizes.values()))
+        self._sizes, self._weights = list(sizes), weights / weights.sum()
         self._pool = {
             size: [self._clip(size) for _ in range(max(2, int(pool * weight)))]
             for size, weight in zip(self._sizes, self._weights, strict=True)
@@ -184,16 +190,15 @@ class VideoVaePhase:
         return pixels, _spread(codes, size), 1 + 6 * moving + 3 * torch.as_tensor(mouth_mask(size))
 
     def _stills(self, size: tuple[int, int], clips: int) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, 1, H, W] and their codes [B, 32, 1, h, w]."""
+        """First frames as the runtime compresses them, [B, 3, 1, H, W], and their codes [B, 32, 1, h, w]."""
         random, pool = self._random, self._pool[size]
-        pictures: list[NDArray[np.uint8]] = []
+        pictures: list[NDArray[np.float32]] = []
         codes: list[Floats] = []
         for index in random.integers(len(pool), size=_STILLS * clips):
-            start = int(random.integers(_FRAMES))
-            frame = slice(start, start + 1)
-            pictures.append(pool[int(index)].pictures[frame])
-            codes.append(pool[int(index)].code(frame))
-        return _channels_last(pixels_to_unit(np.stack(pictures))), _spread(codes, size)
+            drawn, start = pool[int(index)], int(random.integers(_FRAMES))
+            pictures.append(first_frame(drawn.pictures[start], size[1], size[0], IMAGE_CRF))
+            codes.append(drawn.code(slice(start, start + 1)))
+        return _channels_last(torch.as_tensor(np.concatenate(pictures))), _spread(codes, size)
 
 
 def _channels_last(clips: Tensor) -> Tensor:
