@@ -27,7 +27,7 @@ from ltxrt_export.tiny.write import TinyPaths, write_tiny
 __all__ = ["PHASES", "tiny_tokenizer", "train_tiny", "trained_paths"]
 
 #: Phases in order, with their shares of the time.
-PHASES = {"video_vae": 0.4, "audio_vae": 0.06, "text": 0.06, "upsampler": 0.03, "denoiser": 0.45}
+PHASES = {"video_vae": 0.5, "audio_vae": 0.05, "text": 0.03, "upsampler": 0.02, "denoiser": 0.4}
 
 _RECORDINGS = 260
 

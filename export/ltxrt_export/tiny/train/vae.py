@@ -47,7 +47,7 @@ IMAGE_CRF = 33
 #: Single pictures that the encoder sees for each clip of a batch, besides its first frame.
 _STILLS = 2
 #: One step in so many decodes what the encoder makes of the first frame, and one in so many encodes whole clips.
-_OWN_EVERY, _CLIPS_EVERY = 2, 12
+_OWN_EVERY, _CLIPS_EVERY = 3, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,11 @@ class VideoVaePhase:
         noisy = codes + _NOISE * (torch.randn_like(codes) + torch.randn_like(codes[..., :1, :1]))
         encoding = torch.zeros(())
         if self._steps % _OWN_EVERY == 0:
-            first, encoding = self._encoded(_channels_last(clips[:, :, :1]), codes[:, :, :1])
-            more = self._encoded(*self._stills(size, len(clips)))[1]
-            encoding = (encoding + _STILLS * more) / (1 + _STILLS)
+            stills, still_codes = self._stills(size, len(clips))
+            # Together, since the bf16 weight gradient of one picture alone is NaN at 256x256 (torch 2.13, oneDNN).
+            together = torch.cat([clips[:, :, :1], stills]), torch.cat([codes[:, :, :1], still_codes])
+            encoded, encoding = self._encoded(*map(_channels_last, together))
+            first = encoded[: len(clips)]
             noisy = _channels_last(torch.cat([first, noisy[:, :, 1:]], dim=2))
         if self._steps % _CLIPS_EVERY == 0:
             encoding = encoding + self._encoded(clips, codes)[1]
@@ -160,8 +162,7 @@ class VideoVaePhase:
         self._steps = int(state["steps"])
 
     def _encode(self, clips: Tensor) -> Tensor:
-        # A bf16 weight gradient of a single picture of 256x256 is NaN (torch 2.13, oneDNN).
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=len(clips) > 1):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return self._vae.encoder(clips)[:, : self._vae.latents_mean.shape[0]].float()
 
     def _encoded(self, clips: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
