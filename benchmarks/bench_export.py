@@ -4,9 +4,10 @@
     python benchmarks/bench_export.py [--folder DIR] [--networks NAME ...] [--whole] [--slice]
 
 The files are the published headers over holes (``ltxrt_export.synthetic``), so every step but the reading of weights
-is the real one. Each network is exported, checked and measured in a process of its own; ``--whole`` runs the
-exporter as a user does, hashing 70 GB; ``--slice`` fills two blocks of full width with random weights and compares
-ONNX Runtime with the diffusers class (8 GB of memory, 2.4 GB of disk).
+is the real one. Each network is exported, checked and measured in a process of its own. ``--whole`` runs the exporter
+as a user does, for all presets: 70 GB are hashed, FP8 weights written (31 GB of disk), and the bundle is linted.
+``--slice`` fills two blocks of full width with random weights and compares ONNX Runtime with the diffusers class (8 GB
+of memory, 2.4 GB of disk).
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keep the synthetic files here; default: a temporary folder")
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--whole", action="store_true", help="export the whole bundle too")
+    parser.add_argument("--whole", action="store_true", help="export and lint the bundle of all presets too")
     parser.add_argument("--slice", action="store_true", help="run two full-width blocks with random weights too")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,7 +58,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     results: dict[str, Any] = {"files": worker("files")}
     results["networks"] = {name: worker("network", name) for name in options.networks}
     if options.whole:
+        results["calibration"] = worker("calibration")
         results["whole"] = worker("whole")
+        results["lint"] = worker("lint")
     if options.slice:
         parts = ("slice_write", "slice_export", "slice_torch", "slice_onnx")
         results["slice"] = {part.removeprefix("slice_"): worker(part) for part in parts}
@@ -120,28 +123,78 @@ def network(folder: Path, name: str) -> dict[str, Any]:
 
 
 def whole(folder: Path) -> dict[str, Any]:
-    """Export the bundle as the command does, without parity checks (there are no weights to compare)."""
+    """Export all presets as the command does, FP8 weights included; unchecked, since there are no weights to compare.
+
+    The ranges are made up, all of them 1, which takes as long as any other.
+    """
     import shutil
 
     from ltxrt.bundle import Bundle
     from ltxrt_export.exporter import ExportOptions, export_bundle
+    from ltxrt_export.quantize.calibration import Calibration
 
     bundle = folder / "bundle"
     shutil.rmtree(bundle, ignore_errors=True)
+    opened_sources = sources(folder)
+    calibration = Calibration.load(folder / "calibration.json")
+    options = ExportOptions(check=False, precisions="presets", calibration=calibration)
     seconds: dict[str, float] = {}
     begin, running, note = time.perf_counter(), "", ""
-    for step in export_bundle(sources(folder), bundle, ExportOptions(check=False)):
+    for step in export_bundle(opened_sources, bundle, options):
         note = note or step.note
         if step.description != running:
             seconds[running] = round(time.perf_counter() - begin, 2)
             begin, running = time.perf_counter(), step.description
-    opened = Bundle.open(bundle)
+    manifest = Bundle.open(bundle).manifest
     return {
         "seconds": {name or "specs": value for name, value in seconds.items()},
         "disk": note.split(";")[0],
-        "bundle_bytes": sum(entry.bytes for entry in opened.manifest.files.values()),
+        "networks": {key: network.precision for key, network in manifest.networks.items()},
+        "bundle_bytes": sum(entry.bytes for entry in manifest.files.values()),
         "bundle_bytes_on_disk": sum(path.stat().st_blocks * 512 for path in bundle.rglob("*") if path.is_file()),
     }
+
+
+def lint(folder: Path) -> dict[str, Any]:
+    """What the linter finds in the bundle of ``whole``, for all presets.
+
+    Raises:
+        SystemExit: It finds an error.
+    """
+    from ltxrt_export.engines.buckets import load_buckets
+    from ltxrt_export.lint.linter import lint_bundle
+
+    findings = list(lint_bundle(folder / "bundle", load_buckets()))
+    errors = [str(finding) for finding in findings if finding.severity == "error"]
+    if errors:
+        raise SystemExit("\n".join(errors))
+    return {"findings": dict(Counter(f"{finding.severity} {finding.rule}" for finding in findings))}
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """A file of ranges, 1 for every weight that a recipe might choose."""
+    from ltxrt.bundle import file_sha256
+    from ltxrt_export.exporter import network_specs
+    from ltxrt_export.networks.denoiser import Semantics
+    from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin
+
+    opened = sources(folder)
+    specs = network_specs(opened, Semantics.R3)[0]
+    one = LayerRange(amax=1.0, percentile=1.0)
+    networks = {
+        name: NetworkRanges(layers={ref.key: one for ref in spec.weights.values()}, large={})
+        for name, spec in specs.items()
+    }
+    origin = Origin(
+        model=opened.checkpoint.name,
+        checkpoint_sha256=file_sha256(opened.checkpoint.path),
+        semantics=Semantics.R3.value,
+        stage_1_sigmas=(1.0, 0.0),
+        stage_2_sigmas=(0.9, 0.0),
+        clips=("none: every range is made up",),
+    )
+    Calibration(made_from=origin, networks=networks).save(folder / "calibration.json")
+    return {"ranges": sum(len(ranges.layers) for ranges in networks.values())}
 
 
 def slice_write(folder: Path) -> dict[str, Any]:
@@ -267,7 +320,8 @@ def located(folder: Path) -> Callable[[Path], str]:
 
 
 WORKERS: Mapping[str, Callable[..., dict[str, Any]]] = {
-    worker.__name__: worker for worker in (files, network, whole, slice_write, slice_export, slice_torch, slice_onnx)
+    worker.__name__: worker
+    for worker in (files, network, calibration, whole, lint, slice_write, slice_export, slice_torch, slice_onnx)
 }
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ FORBIDDEN = {
 }
 #: Modules at the bottom, and what of the package they may stand on.
 LEAVES = {"errors": set[str](), "shapes": {"errors"}, "preset": {"errors"}}
-#: Layers of the runtime, highest first; a module imports from its own layer or from below.
+#: Layers of the runtime, highest first; a module, or a folder of them, imports from its own layer or from below.
 LAYERS = (
     {"__main__", "cli", "cli_process", "cli_progress", "cli_report", "doctor", "inspection"},
+    {"serve"},
     {"testing"},
     {"pipeline"},
     {"result", "plan"},
@@ -106,12 +107,21 @@ def test_leaves(leaf):
 
 @pytest.mark.parametrize("path", sources("ltxrt"), ids=module_of)
 def test_layers_of_the_runtime(path):
-    name = module_of(path).removeprefix("ltxrt.")
+    name = module_of(path).removeprefix("ltxrt.").split(".")[0]
     if name == "ltxrt":
         return  # the public names, which come from everywhere
     depth = next((index for index, layer in enumerate(LAYERS) if name in layer), len(LAYERS))
     above = set[str]().union(*LAYERS[:depth])
-    assert not within(path) & above
+    assert not {other.split(".")[0] for other in within(path)} & above
+
+
+def test_only_the_server_knows_of_the_web():
+    web = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+    users = {module_of(path) for path in sources("ltxrt") if {name.split(".")[0] for name in imports(path)} & web}
+    assert all(user.startswith("ltxrt.serve.") for user in users)
+    # A worker process has no use for it, and starts faster without.
+    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "pool", "jobs", "board")}
+    assert not users & lean
 
 
 def test_everything_in_the_runtime_imports_without_the_exporter_s_needs():

@@ -3,10 +3,9 @@
 
 import hashlib
 import json
-import secrets
 import shutil
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -16,17 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from ltxrt.bundle import file_sha256
+from ltxrt.bundle import Bundle, file_sha256
 from ltxrt.errors import ExportError, OutputError
 from ltxrt.manifest import FileEntry, Manifest, ModelEntry, NetworkEntry, TensorEntry
 
 from . import disk
 from .networks.spec import NetworkSpec
 from .onnx_export import OPSET, check_graph
+from .quantize.calibration import Calibration
+from .quantize.fp8_weights import is_finished
+from .staging import Staging
 
 __all__ = ["BundleWriter"]
 
 _NETWORKS = "networks"
+_MANIFEST = "manifest.json"
 
 
 class BundleWriter:
@@ -37,7 +40,7 @@ class BundleWriter:
         overwrite: Replace the bundle, or the empty folder, that is there.
 
     Raises:
-        OutputError: The destination exists, or cannot be written.
+        OutputError: The destination exists, cannot be written, or another export is writing to it.
     """
 
     def __init__(self, destination: Path, *, overwrite: bool = False) -> None:
@@ -46,16 +49,14 @@ class BundleWriter:
         self._networks: dict[str, NetworkEntry] = {}
         self._hashes: dict[Path, str] = {}
         self._placed: set[Path] = set()
-        # Outermost last; what this writer did not make is not its to remove.
-        self._made: list[Path] = []
         with _written(destination):
-            _check_destination(destination, overwrite=overwrite)
-            target = destination.absolute()
-            self._folder = _sibling(target, "partial")
-            self._made = [parent for parent in target.parents if not parent.exists()]
+            self._staging = Staging(
+                destination, lambda: _check_destination(destination, overwrite=overwrite), is_finished
+            )
+        self._folder = self._staging.folder
         try:
             with _written(destination):
-                (self._folder / _NETWORKS).mkdir(parents=True)
+                self.weights_folder.mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
@@ -70,10 +71,12 @@ class BundleWriter:
 
     def close(self) -> None:
         """Remove what was not committed. Calling it again does nothing."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for parent in self._made:
-            with suppress(OSError):  # holds the bundle, or something of somebody else's
-                parent.rmdir()
+        self._staging.close()
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where graphs and weight files lie; a weight file that is made there is part of the bundle as it is."""
+        return self._folder / _NETWORKS
 
     def location(self, path: Path) -> str:
         """Name of a weight file beside the graphs; two files of one name get different ones."""
@@ -84,15 +87,17 @@ class BundleWriter:
                 raise ExportError(f"{path}: another weight file of that name is part of the bundle already")
         return self._weights[path]
 
-    def plan_weights(self, files: Iterable[Path]) -> disk.WeightPlan:
-        """What the weight files will take on this disk.
+    def plan_weights(self, files: Iterable[Path], made_bytes: int = 0) -> disk.WeightPlan:
+        """What the weight files will take on this disk, and ``made_bytes`` of FP8 weights that are not there yet.
 
         Raises:
             ExportError: A file cannot be read.
             OutputError: The bundle cannot be written.
         """
         with _written(self._destination):
-            return disk.plan_weights(files, self._folder / _NETWORKS)
+            # A killed run may have made some of them.
+            there = sum(path.stat().st_size for path in _files(self.weights_folder) if is_finished(path))
+            return disk.plan_weights(files, self.weights_folder, max(0, made_bytes - there))
 
     def add_weights(self, path: Path) -> Generator[int]:
         """Put a weight file beside the graphs, shared with its source where the disk can do it, and hash it.
@@ -108,8 +113,8 @@ class BundleWriter:
         relative = f"{_NETWORKS}/{self.location(path)}"
         target = self._folder / relative
         with _written(self._destination / relative):
-            shared = disk.share(path, target)
-            self._hashes[path] = yield from disk.hashed(path, None if shared else target)
+            there = path == target or disk.share(path, target)
+            self._hashes[path] = yield from disk.hashed(path, None if there else target)
         self._placed.add(path)
 
     def add_network(self, spec: NetworkSpec, model: ModelProto, precision: str) -> str:
@@ -135,7 +140,7 @@ class BundleWriter:
             network=spec.name,  # type: ignore[arg-type]  # checked by the model
             file=f"{_NETWORKS}/{key}.onnx",
             weights=tuple(f"{_NETWORKS}/{name}" for name in weights),
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # likewise
             opset=OPSET,
             inputs=tuple(TensorEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in spec.inputs),
             outputs=tuple(TensorEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in spec.outputs),
@@ -166,19 +171,54 @@ class BundleWriter:
         np.savez(data, allow_pickle=False, **{name: np.asarray(tables[name]) for name in sorted(tables)})
         self._write("tables.npz", data.getvalue())
 
+    def add_calibration(self, calibration: Calibration) -> None:
+        """Keep the ranges that the networks were made with.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        calibration.save(self._folder / "calibration.json")
+
+    def draft(self, model: ModelEntry, presets: Mapping[str, Mapping[str, str]]) -> Bundle:
+        """What there is so far, opened as a bundle in its hidden folder; it ends with this writer.
+
+        Raises:
+            BundleError: A network, the tokenizer or the tables are missing.
+            OutputError: It cannot be written.
+        """
+        self._write_manifest(model, presets, {})
+        return Bundle.open(self._folder)
+
     def commit(
         self, model: ModelEntry, presets: Mapping[str, Mapping[str, str]], made_with: Mapping[str, str]
     ) -> Manifest:
-        """Write the manifest and give the folder its name.
+        """Drop the networks that no preset names and their files, write the manifest, give the folder its name.
 
         Raises:
             OutputError: It cannot be written; a bundle that was to be replaced is still there.
         """
+        named = {key for keys in presets.values() for key in keys.values()}
+        self._networks = {key: entry for key, entry in self._networks.items() if key in named}
+        kept = {file for entry in self._networks.values() for file in (entry.file, *entry.weights)}
+        with _written(self._destination):
+            for path in _files(self.weights_folder):
+                if path.relative_to(self._folder).as_posix() not in kept:
+                    path.unlink()
+        manifest = self._write_manifest(model, presets, made_with)
+        with _written(self._destination):
+            self._staging.commit()
+        return manifest
+
+    def _write_manifest(
+        self, model: ModelEntry, presets: Mapping[str, Mapping[str, str]], made_with: Mapping[str, str]
+    ) -> Manifest:
+        manifest_path = self._folder / _MANIFEST
         hashes = {self._folder / _NETWORKS / self._weights[path]: self._hashes[path] for path in self._placed}
         with _written(self._destination):
             files = {
                 path.relative_to(self._folder).as_posix(): _entry(path, hashes.get(path))
                 for path in _files(self._folder)
+                if path != manifest_path
             }
         manifest = Manifest(
             model=model,
@@ -187,8 +227,7 @@ class BundleWriter:
             presets={name: dict(keys) for name, keys in presets.items()},  # type: ignore[arg-type]  # checked by the model
             made_with=dict(sorted(made_with.items())),
         )
-        self._write("manifest.json", (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode())
-        self._rename()
+        self._write(_MANIFEST, (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode())
         return manifest
 
     def sha256(self, path: Path) -> str:
@@ -203,21 +242,6 @@ class BundleWriter:
             except OSError as error:
                 raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
         return self._hashes[path]
-
-    def _rename(self) -> None:
-        """Swap the finished folder in, by renames alone: at no time is a part of a bundle under the name."""
-        target = self._destination.absolute()
-        old = _sibling(target, "old")
-        with _written(self._destination):
-            if target.exists():
-                target.rename(old)
-            try:
-                self._folder.rename(target)
-            except BaseException:
-                if old.exists():
-                    old.rename(target)
-                raise
-        shutil.rmtree(old, ignore_errors=True)
 
     def _copy(self, path: Path, relative: str) -> None:
         target = self._folder / relative
@@ -246,16 +270,9 @@ def _check_destination(destination: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{destination}: exists already; choose another folder, or --overwrite to replace a bundle")
-    bundle = (destination / "manifest.json").is_file() or (destination.is_dir() and not any(destination.iterdir()))
+    bundle = (destination / _MANIFEST).is_file() or (destination.is_dir() and not any(destination.iterdir()))
     if not bundle or destination.is_symlink():
         raise OutputError(f"{destination}: is not a bundle, so it is not overwritten; choose another folder")
-
-
-def _sibling(target: Path, suffix: str) -> Path:
-    """A hidden, unused name beside ``target``, so that a rename is enough to get there."""
-    if not target.name:
-        raise OutputError(f"{target}: cannot be a bundle; choose another folder")
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -5,10 +5,11 @@ Opening reads headers only. A component pairs a module, built from the file's ow
 behind each of its parameters; the pairing is strict in names, shapes and dtypes, whatever the model's width.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ltxrt.bundle import file_sha256
 from ltxrt.errors import ExportError, shown
 from ltxrt_export import architecture, keys, vae_blocks
-from ltxrt_export.kinds import Kind, require_kind
+from ltxrt_export.kinds import Kind, is_scale, require_kind
 from ltxrt_export.weights import TensorFile, TensorRef, few, folder_tensors, read_json
 
 __all__ = ["SUPPORTED_GENERATION", "Checkpoint", "Component", "Gemma", "Upsampler"]
@@ -87,17 +89,38 @@ class Checkpoint:
         version: Its ``model_version``, for example ``2.3.0``.
         config: Its ``config``, by section.
         file: Its header.
+        changed: Tensors that stand for stored ones, by key: those of the FP8 files in 16 bits, or with LoRAs fused.
     """
 
     path: Path
     version: str
     config: Mapping[str, Any]
     file: TensorFile
+    changed: Mapping[str, TensorRef] = field(default_factory=dict[str, TensorRef])
 
     @property
     def name(self) -> str:
         """The file's name without its suffix."""
         return self.path.stem
+
+    def sha256(self, sha256: Callable[[Path], str] = file_sha256) -> str:
+        """Hash of the file; of the hashes of its files, where there are several.
+
+        Args:
+            sha256: Hash of one file; give one that remembers.
+
+        Raises:
+            ExportError: A file cannot be read.
+        """
+        try:
+            hashes = [sha256(path) for path in sorted({ref.path for ref in self.file.tensors.values()})]
+        except OSError as error:
+            raise ExportError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def with_changed(self, changed: Mapping[str, TensorRef]) -> "Checkpoint":
+        """The same with some tensors in the place of its own."""
+        return replace(self, changed={**self.changed, **changed})
 
     @classmethod
     def open(cls, path: Path, *, allow_dev: bool = False) -> "Checkpoint":
@@ -146,7 +169,11 @@ class Checkpoint:
             key_map = keys.video_vae_keys(len(encoder.resampling), len(decoder.resampling))
         else:
             key_map = keys.key_map(name)
-        stored = {key: ref for key, ref in self.file.tensors.items() if keys.component_of(key) == name}
+        stored = {
+            key: self.changed.get(key, ref)
+            for key, ref in self.file.tensors.items()
+            if keys.component_of(key) == name and not is_scale(self.file, key)
+        }
         return _paired(self.path, name, builders[name], key_map, stored)
 
     def check_text_encoder(self, gemma: "Gemma") -> None:

@@ -7,24 +7,25 @@ imported inside the commands, so that ``--help`` and usage errors are instant.
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from ltxrt.cli_process import emit, main_app, run_app
-from ltxrt.cli_progress import reporter
-from ltxrt.result import Progress
 
+from .cli_calibrate import app as calibrate_app
 from .cli_download import download
+from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
+from .cli_verify import verify
 from .engines.cli import app as engines_app
 from .lint.cli import app as lint_app
 from .tiny.train_cli import train_tiny
 
 if TYPE_CHECKING:
     from .exporter import ExportOptions, Sources
+    from .quantize.calibration import Calibration
 
 __all__ = ["app", "main", "run"]
 
@@ -50,9 +51,21 @@ app = typer.Typer(
 )
 
 OutFlag = Annotated[Path, typer.Option("--out", help="Folder of the new bundle.", show_default=False)]
-CheckFlag = Annotated[bool, typer.Option("--check/--no-check", help="Compare every graph with its torch class.")]
+CheckFlag = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Compare every graph with its torch class, lower precisions with fp32."),
+]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
+PrecisionFlag = Annotated[
+    Literal["fp32", "presets"], typer.Option(help="One set of fp32 networks, or what each preset asks for.")
+]
+BackendFlag = Annotated[
+    Literal["gpu", "cpu"], typer.Option(help="What the presets' networks are for; a CPU takes FP16 for BF16.")
+]
+CalibrationFlag = Annotated[
+    Path | None,
+    typer.Option(help="Ranges for the presets' networks; else they are measured on the way.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,39 +81,51 @@ def root(
 
 app.command()(download)
 app.command()(train_tiny)
+app.command()(verify)
+app.add_typer(calibrate_app)
 app.add_typer(engines_app)
 app.add_typer(lint_app)
 
 
 @app.command()
 def export(  # noqa: PLR0913  # one parameter per flag
-    checkpoint: Annotated[
-        Path, typer.Option(help="The single-file checkpoint, or a folder in the diffusers layout.", show_default=False)
-    ],
+    checkpoint: CheckpointFlag,
     out: OutFlag,
-    text_encoder: Annotated[
-        Path | None, typer.Option(help="The Gemma 3 folder; a diffusers folder has its own.", show_default=False)
-    ] = None,
-    upsampler: Annotated[
-        Path | None, typer.Option(help="The x2 spatial upsampler's file; likewise.", show_default=False)
-    ] = None,
-    semantics: Annotated[Literal["R1", "R2", "R3"], typer.Option(help="Modulation rules, by generation.")] = "R3",
+    text_encoder: TextEncoderFlag = None,
+    upsampler: UpsamplerFlag = None,
+    lora: LoraFlag = None,
+    semantics: SemanticsFlag = "R3",
+    precision: PrecisionFlag = "fp32",
+    backend: BackendFlag = "gpu",
+    calibration: CalibrationFlag = None,
     check: CheckFlag = True,
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Export every network of a model and check it against the class that it came from."""
     from .exporter import ExportOptions, Sources
+    from .lora import LoraFile
     from .networks.denoiser import Semantics
 
-    options = ExportOptions(semantics=Semantics(semantics), check=check, overwrite=overwrite)
-    _export(Sources.open(checkpoint, text_encoder, upsampler), out, options, as_json=as_json)
+    options = ExportOptions(
+        semantics=Semantics(semantics),
+        check=check,
+        overwrite=overwrite,
+        precisions=precision,
+        backend=backend,
+        calibration=_calibration(calibration, precision),
+    )
+    loras = [LoraFile.parse(text) for text in lora or ()]
+    _export(Sources.open(checkpoint, text_encoder, upsampler, loras), out, options, as_json=as_json)
 
 
 @app.command()
-def tiny(
+def tiny(  # noqa: PLR0913  # one parameter per flag
     out: OutFlag,
     random: Annotated[bool, typer.Option("--random", help="Random weights instead of the shipped ones.")] = False,
+    precision: PrecisionFlag = "fp32",
+    backend: BackendFlag = "cpu",
+    calibration: CalibrationFlag = None,
     check: CheckFlag = True,
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
@@ -110,35 +135,35 @@ def tiny(
     from .tiny.write import write_tiny
     from .tiny_bundle import TINY_OPTIONS, shipped_tiny
 
+    options = replace(
+        TINY_OPTIONS,
+        check=check,
+        overwrite=overwrite,
+        precisions=precision,
+        backend=backend,
+        calibration=_calibration(calibration, precision),
+    )
     with tempfile.TemporaryDirectory() as folder:
         paths = (write_tiny if random else shipped_tiny)(Path(folder))
         sources = Sources.open(paths.checkpoint, paths.text_encoder, paths.upsampler)
-        _export(sources, out, replace(TINY_OPTIONS, check=check, overwrite=overwrite), as_json=as_json)
+        _export(sources, out, options, as_json=as_json)
+
+
+def _calibration(path: Path | None, precision: str) -> "Calibration | None":
+    from .quantize.calibration import Calibration
+
+    if path is None:
+        return None
+    if precision == "fp32":
+        raise typer.BadParameter("fp32 networks need none: give --precision presets too", param_hint="--calibration")
+    return Calibration.load(path)
 
 
 def _export(sources: "Sources", out: Path, options: "ExportOptions", *, as_json: bool) -> None:
     """Export with progress on stderr; the bundle's path, or it and the parity figures as JSON, on stdout."""
-    from ltxrt.manifest import NETWORK_NAMES
+    from .exporter import export_bundle, stages
 
-    from .exporter import export_bundle
-
-    stages = ("weights", *NETWORK_NAMES, "manifest")
-    rows: list[dict[str, Any]] = []
-    running: str | None = None
-    # Closed by name, so that an interruption between two steps cleans up too.
-    with closing(export_bundle(sources, out, options)) as steps, reporter(stages) as progress:
-        for step in steps:
-            if running not in (None, step.description):
-                progress.show(Progress(running, 1, 1))
-            if step.note:
-                typer.echo(step.note, err=True)
-            for row in step.rows:
-                sizes = " ".join(f"{name}={size}" for name, size in row.sizes.items())
-                typer.echo(f"  {row.output} at {sizes}: {row.error:.2e} {row.unit}", err=True)
-                rows.append(asdict(row))
-            running = step.description if step.index < step.total else None
-            if running is not None:
-                progress.show(Progress(running, step.done, step.size))
+    rows = show_steps(export_bundle(sources, out, options), stages(options))
     emit({"bundle": str(out), "parity": rows} if as_json else [str(out)])
 
 

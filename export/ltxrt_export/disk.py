@@ -44,18 +44,21 @@ class WeightPlan:
         shared: Size of every file that can be shared with its source.
         copied: Size of every file that has to be copied.
         free_bytes: Free in the folder's file system.
+        made_bytes: What FP8 weights, which the export makes, will take besides.
     """
 
     folder: Path
     shared: Mapping[Path, int]
     copied: Mapping[Path, int]
     free_bytes: int
+    made_bytes: int = 0
 
     def __str__(self) -> str:
         """One line for the user."""
         shared, copied = sum(self.shared.values()), sum(self.copied.values())
+        made = f", {gigabytes(self.made_bytes)} made in FP8" if self.made_bytes else ""
         return (
-            f"weights: {gigabytes(shared)} shared with their files, {gigabytes(copied)} copied;"
+            f"weights: {gigabytes(shared)} shared with their files, {gigabytes(copied)} copied{made};"
             f" {gigabytes(self.free_bytes)} free"
         )
 
@@ -65,13 +68,22 @@ class WeightPlan:
         Raises:
             OutputError: It does not.
         """
+        purposes: list[str] = ["FP8 weights"] if self.made_bytes else []
         if self.copied:
             elsewhere = f"a folder on the file system of {next(iter(self.copied))} takes none"
-            require_room(self.folder, sum(self.copied.values()) + _MARGIN_BYTES, f"copies of the weights; {elsewhere}")
+            purposes.append(f"copies of the weights; {elsewhere}")
+        if purposes:
+            needed = sum(self.copied.values()) + self.made_bytes + _MARGIN_BYTES
+            require_room(self.folder, needed, " and ".join(purposes))
 
 
-def plan_weights(files: Iterable[Path], folder: Path) -> WeightPlan:
+def plan_weights(files: Iterable[Path], folder: Path, made_bytes: int = 0) -> WeightPlan:
     """Find out by trying, which of ``files`` can be shared into ``folder``; leaves nothing there.
+
+    Args:
+        files: Weight files.
+        folder: Where they go.
+        made_bytes: Weights that will be made there besides.
 
     Raises:
         ExportError: A file cannot be read.
@@ -84,7 +96,7 @@ def plan_weights(files: Iterable[Path], folder: Path) -> WeightPlan:
         possible = share(file, probe)
         probe.unlink(missing_ok=True)
         (shared if possible else copied)[file] = file.stat().st_size
-    return WeightPlan(folder, shared, copied, shutil.disk_usage(folder).free)
+    return WeightPlan(folder, shared, copied, shutil.disk_usage(folder).free, made_bytes)
 
 
 def share(source: Path, target: Path) -> bool:

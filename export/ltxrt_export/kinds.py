@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from math import prod
 from typing import Any
 
 from ltxrt.errors import ExportError
@@ -17,7 +18,7 @@ from ltxrt.errors import ExportError
 from . import published
 from .weights import TensorFile
 
-__all__ = ["Kind", "kind_of", "require_kind"]
+__all__ = ["Kind", "is_scale", "kind_of", "require_kind"]
 
 
 class Kind(StrEnum):
@@ -28,7 +29,7 @@ class Kind(StrEnum):
     LTX_20 = "an LTX-2.0 (19B) checkpoint"
     LTX_25 = "a file of LTX-2.5, another architecture in one file per component"
     VIDEO_ONLY = "an LTX-Video checkpoint without an audio stream"
-    FP8 = "an fp8 checkpoint, whose weights are rounded already"
+    FP8 = "an fp8 checkpoint without the scales of the published ones, weight_scale and input_scale of each layer"
     LORA = "a LoRA, which only changes a checkpoint"
     UPSAMPLER = "a latent upsampler"
     TEXT_ENCODER = "a part of a text encoder"
@@ -43,6 +44,9 @@ _WANTED: Mapping[Kind, str] = {
 }
 _DIT = "model.diffusion_model."
 _LORA = re.compile(r"\.(lora_[AB]|lora_down|lora_up|lora_A\.default|lora_B\.default)(\.weight)?$")
+#: What Lightricks' FP8 files hold in E4M3, and the scales beside it.
+_FP8_LAYER = re.compile(r"model\.diffusion_model\.transformer_blocks\.\d+\..+\.weight")
+_SCALES = (".weight_scale", ".input_scale")
 _DEV_NAME = re.compile(r"(?:^|[-_. ])dev(?:[-_. ]|$)", re.IGNORECASE)
 _UPSAMPLER_KEYS = ("initial_conv.", "upsampler.", "post_upsample_res_blocks.")
 _TEXT_KEYS = ("language_model.", "model.language_model.", "model.layers.", "vision_tower.", "model.vision_tower.")
@@ -70,7 +74,7 @@ def kind_of(file: TensorFile) -> Kind:
     version = _version(file)
     if version is not None and version[:2] == (2, 5):
         return Kind.LTX_25
-    if any(ref.dtype.startswith("F8_") for ref in names.values()):
+    if not _published_fp8(file):
         return Kind.FP8
     if any(name.startswith(_DIT) for name in names):
         return _checkpoint_kind(file, version)
@@ -93,6 +97,30 @@ def require_kind(file: TensorFile, wanted: Kind, *also: Kind) -> None:
     kind = kind_of(file)
     if kind not in (wanted, *also, Kind.UNKNOWN):
         raise ExportError(f"{file.path}: this is {kind}; allowed: {_WANTED[wanted]}")
+
+
+def is_scale(file: TensorFile, key: str) -> bool:
+    """Whether a tensor is a scale of a weight that is stored in E4M3."""
+    weight = next((f"{key.removesuffix(suffix)}.weight" for suffix in _SCALES if key.endswith(suffix)), "")
+    return weight in file.tensors and file.tensors[weight].dtype == "F8_E4M3"
+
+
+def _published_fp8(file: TensorFile) -> bool:
+    """Whether everything in FP8 is as in Lightricks' FP8 files; true of a file that has nothing in FP8.
+
+    Linear layers of the DiT's blocks in E4M3, each with a scalar for its weight and a static one for its input, fp32
+    (Lightricks/LTX-2 packages/ltx-core/src/ltx_core/quantization/fp8_scaled_mm.py).
+    """
+    tensors = file.tensors
+    for key, ref in tensors.items():
+        if not ref.dtype.startswith("F8_"):
+            continue
+        layer = key.removesuffix(".weight")
+        scales = [tensors.get(f"{layer}{suffix}") for suffix in _SCALES]
+        scaled = all(scale is not None and scale.dtype == "F32" and prod(scale.shape) == 1 for scale in scales)
+        if not (ref.dtype == "F8_E4M3" and _FP8_LAYER.fullmatch(key) and len(ref.shape) == 2 and scaled):
+            return False
+    return True
 
 
 def _checkpoint_kind(file: TensorFile, version: tuple[int, ...] | None) -> Kind:

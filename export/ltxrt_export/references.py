@@ -8,7 +8,7 @@ front end (``torch.stft``; ltx_core/model/audio_vae/ops.py) and the source of th
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -52,11 +52,13 @@ class Reference:
         sizes: Sizes of the network's symbols to try; none of them is the tracing size.
         feeds: Fresh inputs at the given sizes, from a seed.
         outputs: What the torch class makes of them, by output name; outputs left out are not compared.
+        least: Sizes below which the class does not run or is ill-conditioned, where the network serves them.
     """
 
     sizes: Sequence[Sizes]
     feeds: Callable[[Sizes, int], dict[str, NDArray[Any]]]
     outputs: Callable[[Arrays], dict[str, NDArray[Any]]]
+    least: Sizes = field(default_factory=dict[str, int])
 
 
 def _text_encoder(sources: ModelSources, spec: NetworkSpec) -> Reference:
@@ -161,8 +163,10 @@ def _upsampler(sources: ModelSources, spec: NetworkSpec) -> Reference:
         upsampled = model(_unnormalised(vae, torch.from_numpy(feeds["latent"])))
         return {spec.outputs[0].name: _normalised(vae, upsampled).numpy()}
 
-    sizes = [{"f": 2, "h": 1, "w": 1}, {"f": 5, "h": 3, "w": 7}]
-    return Reference(sizes, lambda sizes, seed: random_feeds(spec, sizes, seed), outputs)
+    sizes = [{"f": 2, "h": 2, "w": 1}, {"f": 5, "h": 3, "w": 7}]
+    # torch does not normalise a group of one value, which a model as narrow as tiny has at the smallest size, and of
+    # two values it makes 1 and -1 whatever their difference: rounding errors come out as large as values.
+    return Reference(sizes, lambda sizes, seed: random_feeds(spec, sizes, seed), outputs, {"f": 2, "h": 2})
 
 
 def _video_decoder(sources: ModelSources, spec: NetworkSpec) -> Reference:

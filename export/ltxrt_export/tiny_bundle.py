@@ -20,7 +20,7 @@ from .tiny.write import TinyPaths
 __all__ = ["TINY_OPTIONS", "shipped_tiny"]
 
 #: How the shipped bundle is exported.
-TINY_OPTIONS = ExportOptions(auto_pixels=AUTO_PIXELS, licence=LICENCE)
+TINY_OPTIONS = ExportOptions(auto_pixels=AUTO_PIXELS, licence=LICENCE, backend="cpu")
 
 
 def shipped_tiny(folder: Path) -> TinyPaths:

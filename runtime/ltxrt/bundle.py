@@ -119,8 +119,11 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         for relative in (network.file, *network.weights):
             if relative not in manifest.files:
                 raise BundleError(f"{folder}: network {key} needs {relative}, which the manifest does not list")
+    if not manifest.presets:
+        raise BundleError(f"{folder}: the manifest has no preset")
     for preset, networks in manifest.presets.items():
         _check_preset(folder, manifest, preset, networks)
+    _check_engines(folder, manifest)
     for relative in ("tables.npz", "tokenizer.json"):
         if relative not in manifest.files:
             raise BundleError(f"{folder}: the manifest does not list {relative}")
@@ -135,6 +138,23 @@ def _check_preset(folder: Path, manifest: Manifest, preset: str, networks: Mappi
     for name, key in networks.items():
         if manifest.networks[key].network != name:
             raise BundleError(f"{folder}: preset {preset} has {key} as its {name}")
+
+
+def _check_engines(folder: Path, manifest: Manifest) -> None:
+    """An engine is of a network that is there, has its files, and is the only one for its GPU and TensorRT."""
+    seen: dict[tuple[str, ...], str] = {}
+    for name, engine in manifest.engines.items():
+        if engine.network not in manifest.networks:
+            raise BundleError(f"{folder}: engine {name} is of {engine.network}, which the manifest does not list")
+        for relative in (engine.file, engine.layers):
+            if relative not in manifest.files:
+                raise BundleError(f"{folder}: engine {name} needs {relative}, which the manifest does not list")
+        machine = engine.key.gpu_name, engine.key.compute_capability, engine.key.tensorrt_version
+        other = seen.setdefault((engine.network, *machine), name)
+        if other != name:
+            raise BundleError(
+                f"{folder}: engines {other} and {name} are both of {engine.network} for {' '.join(machine)}"
+            )
 
 
 def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:

@@ -9,11 +9,13 @@ from .engine import TensorSpec
 
 __all__ = [
     "NETWORK_NAMES",
+    "PRECISIONS",
     "SCHEMA_VERSION",
     "EngineEntry",
     "EngineKey",
     "EngineProfile",
     "FileEntry",
+    "LoraEntry",
     "Manifest",
     "ModelEntry",
     "NetworkEntry",
@@ -27,7 +29,11 @@ SCHEMA_VERSION = 1
 
 NETWORK_NAMES = ("text_encoder", "audio_encoder", "image_encoder", "denoiser", "upsampler", "video_decoder")
 
+#: What a network may compute in, finest first; ``fp8-mixed`` keeps its first and last blocks in 16 bits.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-mixed")
+
 NetworkName = Literal["text_encoder", "audio_encoder", "image_encoder", "denoiser", "upsampler", "video_decoder"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "fp8-mixed"]
 
 
 class _Entry(BaseModel):
@@ -62,7 +68,7 @@ class NetworkEntry(_Entry):
     network: NetworkName
     file: str
     weights: tuple[str, ...]
-    precision: str
+    precision: Precision
     opset: int
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
@@ -137,6 +143,14 @@ class StreamEntry(_Entry):
     first_chunk_latents: Annotated[int, Field(ge=1)]
 
 
+class LoraEntry(_Entry):
+    """A LoRA that is part of the weights: its file's name without the suffix, how much of it, and its hash."""
+
+    name: str
+    scale: float
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class ModelEntry(_Entry):
     """What the networks were made from, and the model's own numbers.
 
@@ -152,6 +166,7 @@ class ModelEntry(_Entry):
         auto_pixels: Upper bound of the pixel budget of ``resolution: auto``; None leaves it to the preset.
         rope_max_position: Range of time (seconds), height and width (pixels) of the positions.
         stream: How the decoder is fed.
+        loras: What was fused into the checkpoint, in order.
     """
 
     name: str
@@ -165,6 +180,7 @@ class ModelEntry(_Entry):
     auto_pixels: int | None
     rope_max_position: tuple[float, float, float]
     stream: StreamEntry
+    loras: tuple[LoraEntry, ...] = ()
 
 
 class Manifest(_Entry):

@@ -22,6 +22,7 @@ from ltxrt.preset import PRESET_NAMES
 from ltxrt_export.bundle_writer import BundleWriter
 from ltxrt_export.networks.spec import Axis, NetworkSpec, Port
 from ltxrt_export.onnx_export import Location, attach_weights, beside
+from ltxrt_export.quantize.calibration import Calibration, Origin
 from ltxrt_export.weights import TensorFile
 
 MODEL = ModelEntry(
@@ -173,6 +174,84 @@ def test_weight_files_are_read_once(out: Path, weights: Path) -> None:
         # Not when the manifest is made either.
         manifest = writer.commit(MODEL, dict.fromkeys(PRESET_NAMES, keys), {})
     assert manifest.files["networks/toy.safetensors"].sha256 == expected
+
+
+def test_weights_that_are_made_in_the_bundle_stay_where_they_are(out: Path) -> None:
+    with BundleWriter(out / "bundle") as writer:
+        made = weight_file(writer.weights_folder / "denoiser-fp8-0123456789ab.safetensors")
+        before = made.stat().st_ino
+        spec = network("denoiser", made)
+        key = writer.add_network(spec, graph_of(spec, writer.location), "fp8")
+        assert (made.stat().st_ino, writer.path_of(key).parent) == (before, made.parent)
+        assert {path.name for path in made.parent.iterdir()} == {made.name, f"{key}.onnx"}
+        # What is there needs no more room.
+        assert writer.plan_weights([], 10**6).made_bytes == 10**6 - made.stat().st_size
+
+
+def test_finished_fp8_weights_of_a_killed_run_are_used(out: Path, weights: Path) -> None:
+    left = out / ".bundle.export-partial" / "networks"
+    left.mkdir(parents=True)
+    for name in ("denoiser-fp8-0123456789ab.safetensors", "denoiser-fp8-ffffffffffff.safetensors"):
+        weight_file(left / name)
+    for name in ("denoiser-fp8-0123456789ab.safetensors.partial", "toy.safetensors", "denoiser-fp8-0123456789ab.onnx"):
+        (left / name).write_text("cut off")
+    with BundleWriter(out / "bundle") as writer:
+        assert sorted(path.name[13:] for path in writer.weights_folder.iterdir()) == [
+            "0123456789ab.safetensors",
+            "ffffffffffff.safetensors",
+        ]
+        keys = add_all(writer, weights)
+        spec = network("denoiser", left / "denoiser-fp8-0123456789ab.safetensors")
+        keys["denoiser"] = writer.add_network(spec, graph_of(spec, writer.location), "fp8")
+        manifest = writer.commit(MODEL, {"low": keys}, {})
+    # Taken over, but for what no network needs.
+    assert [name for name in manifest.files if "fp8-" in name and name.endswith(".safetensors")] == [
+        "networks/denoiser-fp8-0123456789ab.safetensors"
+    ]
+    assert Bundle.open(out / "bundle", verify=True).manifest == manifest
+
+
+def test_what_no_preset_names_is_not_in_the_bundle(out: Path, weights: Path, tmp_path: Path) -> None:
+    with BundleWriter(out / "bundle") as writer:
+        keys = add_all(writer, weights)
+        spec = network("denoiser", weight_file(tmp_path / "other" / "other.safetensors", 2.0))
+        other = writer.add_network(spec, graph_of(spec, writer.location), "fp16")
+        manifest = writer.commit(MODEL, {"low": keys, "high": {**keys, "denoiser": other}, "medium": keys}, {})
+        assert len(manifest.networks) == len(NETWORK_NAMES) + 1
+    with BundleWriter(out / "bundle", overwrite=True) as writer:
+        keys = add_all(writer, weights)
+        writer.add_network(spec, graph_of(spec, writer.location), "fp16")
+        manifest = writer.commit(MODEL, {"low": keys}, {})
+    assert set(manifest.networks) == set(keys.values())
+    assert {path.name for path in (out / "bundle" / "networks").iterdir()} == {
+        "toy.safetensors",
+        *(f"{key}.onnx" for key in keys.values()),
+    }
+
+
+def test_a_draft_opens_and_leaves_no_trace(out: Path, weights: Path) -> None:
+    with BundleWriter(out / "drafted") as writer:
+        keys = add_all(writer, weights)
+        draft = writer.draft(MODEL, {"high": keys})
+        assert draft.network("high", "upsampler").precision == "fp32"
+        assert draft.file("tokenizer.json").read_text() == "{}"
+        assert not (out / "drafted").exists()
+        writer.commit(MODEL, dict.fromkeys(PRESET_NAMES, keys), {"torch": "1", "onnx": "2"})
+    write(out / "straight", weights)
+    assert contents(out / "drafted") == contents(out / "straight")
+
+
+def test_a_calibration_is_kept(out: Path, weights: Path) -> None:
+    origin = Origin(
+        model="m", checkpoint_sha256="0" * 64, semantics="R3", stage_1_sigmas=(), stage_2_sigmas=(), clips=()
+    )
+    calibration = Calibration(made_from=origin, networks={})
+    with BundleWriter(out / "bundle") as writer:
+        keys = add_all(writer, weights)
+        writer.add_calibration(calibration)
+        writer.commit(MODEL, {"high": keys}, {})
+    assert "calibration.json" in Bundle.open(out / "bundle", verify=True).manifest.files
+    assert Calibration.load(out / "bundle" / "calibration.json") == calibration
 
 
 def test_two_weight_files_of_one_name(out: Path, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_plan_tries_and_leaves_nothing(source: Path, folder: Path, monkeypatch: 
 def test_plan_in_words() -> None:
     plan = WeightPlan(Path("b"), {Path("x"): 46_149_345_334}, {Path("y"): 995_743_560}, 80_000_000_000)
     assert str(plan) == "weights: 46.1 GB shared with their files, 1.0 GB copied; 80.0 GB free"
+    plan = WeightPlan(Path("b"), {}, {Path("y"): 995_743_560}, 80_000_000_000, 29_300_000_000)
+    assert str(plan) == "weights: 0.0 GB shared with their files, 1.0 GB copied, 29.3 GB made in FP8; 80.0 GB free"
 
 
 def test_plan_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +132,12 @@ def test_plan_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         copied.check()
     # What is shared takes nothing.
     WeightPlan(folder, {Path("/models/x"): 10**12}, {}, 0).check()
+    with pytest.raises(
+        OutputError, match=r"47\.3 GB are needed .*, for FP8 weights and copies of the weights; a folder"
+    ):
+        WeightPlan(folder, {}, {Path("/models/x"): 10**9}, 0, 46 * 10**9).check()
+    with pytest.raises(OutputError, match=r"46\.3 GB are needed and 46\.0 GB are free, for FP8 weights$"):
+        WeightPlan(folder, {}, {}, 0, 46 * 10**9).check()
 
 
 def test_room_where_the_folder_is_not_made_yet(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model's files to a bundle that the runtime renders with."""
 
+import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from ltxrt.bundle import Bundle
@@ -20,8 +25,83 @@ from ltxrt.readback import check_clip
 from ltxrt.request import Request
 from ltxrt_export.exporter import ExportOptions, Sources, export_bundle, tables
 from ltxrt_export.networks.spec import NetworkSpec, axis_of
+from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin
+from ltxrt_export.quantize.graph import linears
 from ltxrt_export.tiny.write import TinyPaths, write_tiny
 from ltxrt_export.tiny_bundle import shipped_tiny
+
+#: Exports all presets once undisturbed and then again and again, killed before a random one of the operations on files
+#: that the first run counted: a process for every run, forked from this one, which has imported what they need.
+KILLED = """
+import json, os, random, signal, sys
+from pathlib import Path
+
+import onnx
+
+from ltxrt.bundle import Bundle
+from ltxrt.errors import BundleError
+from ltxrt_export import exporter
+from ltxrt_export.exporter import ExportOptions, Sources, export_bundle
+from ltxrt_export.quantize.calibration import Calibration
+
+given = json.loads(sys.argv[1])
+out, graphs = Path(given["out"]), given["graphs"]
+sources = Sources.open(*map(Path, given["model"]))
+ranges = Calibration.load(Path(given["ranges"]))
+options = ExportOptions(check=False, overwrite=True, precisions="presets", backend="cpu", calibration=ranges)
+# Tracing is left out: it takes most of the time, and writes nothing.
+loaded = lambda spec, location: onnx.load(graphs[spec.name], load_external_data=False)
+exporter.export_model = exporter.export_denoiser = loaded
+
+def ended(kill_at=None):
+    # Status of a run, and how many operations it made.
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            where = arguments[0] if arguments else None
+            if event.startswith(("open", "os.")) and isinstance(where, (str, Path)) and str(out.parent) in str(where):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        for _ in export_bundle(sources, out, options):
+            pass
+        os.write(writing, str(count).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        count = pipe.read()
+    return os.waitpid(process, 0)[1], count
+
+def left():
+    if not out.exists():
+        return "nothing"
+    try:
+        return Bundle.open(out, verify=True).manifest.model_dump_json()
+    except BundleError as error:
+        return f"damaged: {error}"
+
+status, operations = ended()
+assert status == 0
+whole, chance = left(), random.Random(given["seed"])
+for index in range(given["kills"]):
+    if index % 2 == 0 and out.exists():  # every other one finds a bundle to replace, if the one before left it
+        for path in sorted(out.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        out.rmdir()
+    at = chance.randint(1, int(operations))
+    status, _ = ended(at)
+    found = left()
+    print(json.dumps({"at": at, "signal": os.WTERMSIG(status), "left": "whole" if found == whole else found}))
+status, _ = ended()
+assert status == 0
+print(json.dumps({"left": "whole" if left() == whole else left(), "beside": sorted(os.listdir(out.parent))}))
+"""
 
 
 @pytest.fixture
@@ -174,3 +254,42 @@ def test_the_runtime_renders_with_the_bundle(regenerated: Any, tmp_path: Path) -
     report = check_clip(clip)
     assert report.ok
     assert (report.frames, report.width, report.height) == (9, 128, 128)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_leaves_no_wrong_bundle_and_the_next_run_finishes(
+    shipped_sources: Sources, fp32_graphs: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """SIGKILL at random; the fixed points of the swap itself are in test_staging.py."""
+    ranges = {
+        name: NetworkRanges(layers={layer.key: LayerRange(amax=8.0, percentile=8.0) for layer in found}, large={})
+        for name, path in fp32_graphs.items()
+        if (found := linears(onnx.load(path, load_external_data=False).graph))
+    }
+    model = Bundle.open().manifest.model
+    origin = Origin(
+        model=model.name,
+        checkpoint_sha256=model.checkpoint_sha256,
+        semantics=model.semantics,
+        stage_1_sigmas=(),
+        stage_2_sigmas=(),
+        clips=(),
+    )
+    Calibration(made_from=origin, networks=ranges).save(tmp_path / "ranges.json")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    files = shipped_sources.checkpoint.path, shipped_sources.text_encoder.path, shipped_sources.upsampler.path
+    given = {
+        "out": str(folder / "bundle"),
+        "graphs": {name: str(path) for name, path in fp32_graphs.items()},
+        "model": [str(path) for path in files],
+        "ranges": str(tmp_path / "ranges.json"),
+        "kills": 6,
+        "seed": 4,
+    }
+    ran = subprocess.run([sys.executable, "-c", KILLED, json.dumps(given)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    *kills, last = map(json.loads, ran.stdout.splitlines())
+    assert {kill["left"] for kill in kills} <= {"nothing", "whole"}
+    assert [kill["signal"] for kill in kills] == [signal.SIGKILL] * 6
+    assert last == {"left": "whole", "beside": ["bundle"]}

@@ -44,7 +44,7 @@ def plant(file: Path, key: str, values: int) -> None:
 
 def test_right_weights_pass(shipped_sources: Sources, shipped_specs: Specs, tmp_path: Path) -> None:
     rows = list(check_network(shipped_sources, shipped_specs["upsampler"], copied("upsampler", tmp_path)))
-    assert [dict(row.sizes) for row in rows] == [{"f": 2, "h": 1, "w": 1}, {"f": 5, "h": 3, "w": 7}]
+    assert [dict(row.sizes) for row in rows] == [{"f": 2, "h": 2, "w": 1}, {"f": 5, "h": 3, "w": 7}]
     assert all(row.passed and 0 < row.error < LIMIT == row.limit for row in rows)
     assert {(row.network, row.output, row.unit) for row in rows} == {("upsampler", "upsampled", "(relative L2)")}
 
@@ -52,7 +52,7 @@ def test_right_weights_pass(shipped_sources: Sources, shipped_specs: Specs, tmp_
 @pytest.mark.parametrize(
     ("network", "output", "sizes", "file", "key"),
     [
-        ("upsampler", "upsampled", "{'f': 2, 'h': 1, 'w': 1}", "ltx-2.3-tiny-upscaler", "final_conv.weight"),
+        ("upsampler", "upsampled", "{'f': 2, 'h': 2, 'w': 1}", "ltx-2.3-tiny-upscaler", "final_conv.weight"),
         (
             "denoiser",
             "latent_next",

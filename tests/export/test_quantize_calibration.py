@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ltxrt.bundle import Bundle
 from ltxrt.errors import ExportError, OutputError
 from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin, rounded
 from ltxrt_export.quantize.clips import CLIPS, IMAGES, SOUNDS
@@ -40,10 +41,13 @@ def test_a_layer_that_was_not_calibrated_is_named(network: str, key: str) -> Non
         CALIBRATION.ranges(network, [key], "amax")
 
 
-def test_another_checkpoint_is_refused() -> None:
-    CALIBRATION.check_checkpoint("ab" * 32)
-    with pytest.raises(ExportError, match="made from m abababababab, this checkpoint is cdcdcdcdcdcd"):
-        CALIBRATION.check_checkpoint("cd" * 32)
+def test_another_checkpoint_or_other_rules_are_refused() -> None:
+    model = Bundle.open().manifest.model.model_copy(update={"checkpoint_sha256": "ab" * 32, "semantics": "R3"})
+    CALIBRATION.check_model(model)
+    with pytest.raises(ExportError, match=r"made from m abababababab by rules R3, this is .* cdcdcdcdcdcd by rules R3"):
+        CALIBRATION.check_model(model.model_copy(update={"checkpoint_sha256": "cd" * 32}))
+    with pytest.raises(ExportError, match=r"by rules R3, this is .* abababababab by rules R1: calibrate again"):
+        CALIBRATION.check_model(model.model_copy(update={"semantics": "R1"}))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,85 @@ def test_an_unknown_kind_of_network(toy_bundle):
     refused(toy_bundle, r"is damaged: presets\.high\.vocoder")
 
 
+def test_a_precision_that_no_network_comes_in(toy_bundle):
+    edited(toy_bundle, lambda manifest: manifest["networks"]["denoiser-key"].update(precision="int4"))
+    refused(toy_bundle, r"is damaged: networks\.denoiser-key\.precision: Input should be 'fp32', .* or 'fp8-mixed'")
+
+
+def test_a_bundle_without_a_preset(toy_bundle):
+    edited(toy_bundle, lambda manifest: manifest.update(presets={}))
+    refused(toy_bundle, "the manifest has no preset")
+
+
+# --- engines ---
+
+
+def with_engines(folder, **entries):
+    """The bundle with engines, each another one than a good one of the denoiser by what is given."""
+    for name in entries:
+        for suffix in ("plan", "json"):
+            (folder / "networks" / f"{name}.{suffix}").write_bytes(b"x")
+    listed = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
+
+    def change(manifest):
+        manifest["engines"] = {name: engine(name, **entry) for name, entry in entries.items()}
+        manifest["files"].update({f"networks/{n}.{suffix}": listed for n in entries for suffix in ("plan", "json")})
+
+    return edited(folder, change)
+
+
+def engine(name, gpu="NVIDIA H100", tensorrt="11.4.0", **changes):
+    """A manifest's entry of an engine."""
+    key = {
+        "schema_version": 1,
+        "onnx_sha256": "0" * 64,
+        "weights_sha256": [],
+        "gpu_name": gpu,
+        "compute_capability": "9.0",
+        "tensorrt_version": tensorrt,
+        "cuda_version": "13.0",
+        "profiles": [],
+        "options": {},
+    }
+    entry = {
+        "network": "denoiser-key",
+        "file": f"networks/{name}.plan",
+        "layers": f"networks/{name}.json",
+        "key": key,
+        "key_sha256": "0" * 64,
+        "built_with": {},
+    }
+    return {**entry, **changes}
+
+
+def test_engines_for_several_machines(toy_bundle):
+    with_engines(
+        toy_bundle,
+        one={},
+        older={"tensorrt": "10.16.0"},
+        other={"gpu": "NVIDIA L40S"},
+        upsampler={"network": "upsampler-key"},
+    )
+    assert set(Bundle.open(toy_bundle).manifest.engines) == {"one", "older", "other", "upsampler"}
+
+
+def test_an_engine_of_a_network_nobody_has(toy_bundle):
+    refused(
+        with_engines(toy_bundle, one={"network": "vocoder-key"}), "engine one is of vocoder-key, which the manifest"
+    )
+
+
+@pytest.mark.parametrize("key", ["file", "layers"])
+def test_an_engine_that_needs_a_file_nobody_vouches_for(toy_bundle, key):
+    with_engines(toy_bundle, one={key: "networks/nowhere"})
+    refused(toy_bundle, "engine one needs networks/nowhere, which the manifest does not list")
+
+
+def test_two_engines_of_one_network_for_one_machine(toy_bundle):
+    with_engines(toy_bundle, one={}, two={})
+    refused(toy_bundle, "engines one and two are both of denoiser-key for NVIDIA H100 9.0 11.4.0")
+
+
 @pytest.mark.parametrize("name", ["tables.npz", "tokenizer.json"])
 def test_what_every_bundle_must_have(toy_bundle, name):
     edited(toy_bundle, lambda manifest: manifest["files"].pop(name))

@@ -34,7 +34,7 @@ from .magnitudes import Magnitudes
 from .ranges import FP16_MAX
 from .recording import GraphTap, ObservedEngine, Tap
 
-__all__ = ["CalibrationOptions", "CalibrationStep", "TapFactory", "calibrate", "run_clip"]
+__all__ = ["CalibrationOptions", "CalibrationStep", "TapFactory", "calibrate", "fp32_entry", "run_clip"]
 
 #: Tensors within this factor of FP16's limit are kept in the file.
 _LARGE = FP16_MAX / 8
@@ -181,24 +181,28 @@ def run_clip(
 
 
 def _recorder(bundle: Bundle, name: str, tap: TapFactory) -> _Recorder:
-    entry = _entry(bundle, name)
+    entry = fp32_entry(bundle, name)
     path = bundle.file(entry.file)
     layers = {linear.key: linear.activation for linear in linears(onnx.load(path, load_external_data=False).graph)}
     return _Recorder(name, tap(path, sorted(set(layers.values()))), layers)
 
 
 def _engine(bundle: Bundle, recorder: _Recorder) -> ObservedEngine:
-    entry = _entry(bundle, recorder.network)
+    entry = fp32_entry(bundle, recorder.network)
     inputs, outputs = (tuple(tensor.spec() for tensor in ports) for ports in (entry.inputs, entry.outputs))
     return ObservedEngine(recorder.network, inputs, outputs, recorder.observe)
 
 
-def _entry(bundle: Bundle, name: str) -> NetworkEntry:
-    """The bundle's fp32 graph of a network."""
+def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
+    """The bundle's fp32 graph of a network.
+
+    Raises:
+        ExportError: It has none.
+    """
     for entry in bundle.manifest.networks.values():
         if entry.network == name and entry.precision == "fp32":
             return entry
-    raise ExportError(f"{bundle.path}: {name} is not there in fp32, which is what calibration needs")
+    raise ExportError(f"{bundle.path}: {name} is not there in fp32, which this needs: export with --precision fp32")
 
 
 def _graph_tap(path: Path, watched: Sequence[str]) -> Tap:

@@ -7,12 +7,14 @@ changes. Tensors near the limit of FP16 are named as in the graph, since they ma
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ltxrt.errors import ExportError, OutputError, shown
+from ltxrt.manifest import ModelEntry
 
 __all__ = ["FORMAT", "PERCENTILE", "Calibration", "LayerRange", "NetworkRanges", "Origin", "rounded"]
 
@@ -111,19 +113,21 @@ class Calibration(_Entry):
             partial.write_text(text, "utf-8")
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def check_checkpoint(self, sha256: str) -> None:
-        """Refuse a calibration of another checkpoint.
+    def check_model(self, model: ModelEntry) -> None:
+        """Refuse a calibration of another checkpoint, or of other modulation rules.
 
         Raises:
             ExportError: It is one.
         """
-        if self.made_from.checkpoint_sha256 != sha256:
+        made, wanted = self.made_from, (model.checkpoint_sha256, model.semantics)
+        if (made.checkpoint_sha256, made.semantics) != wanted:
             raise ExportError(
-                f"the calibration was made from {self.made_from.model} {self.made_from.checkpoint_sha256[:12]},"
-                f" this checkpoint is {sha256[:12]}: calibrate again"
+                f"the calibration was made from {made.model} {made.checkpoint_sha256[:12]} by rules {made.semantics},"
+                f" this is {model.name} {model.checkpoint_sha256[:12]} by rules {model.semantics}: calibrate again"
             )
 
     def ranges(self, network: str, keys: Iterable[str], kind: Literal["amax", "percentile"]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from ltxrt.bundle import file_sha256
 from ltxrt.errors import ExportError, OutputError
 from ltxrt_export.weights import DTYPE_BYTES, TensorFile, TensorRef
 
-__all__ = ["FP8_MAX", "Fp8Pair", "Fp8Request", "StoredScale", "convert", "stored_scales", "write_fp8"]
+__all__ = ["FP8_MAX", "Fp8Pair", "Fp8Request", "StoredScale", "convert", "is_finished", "stored_scales", "write_fp8"]
 
 #: Largest finite E4M3 number.
 FP8_MAX = 448.0
@@ -45,6 +46,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
 # Elements that are held in fp32 at a time: 4 MB, which stays in cache (a third faster than 16) and bounds memory.
 _CHUNK = 1 << 20
 _LAYOUT_VERSION = 1
+_NAME = re.compile(r"[a-z_]+-fp8-[0-9a-f]{12}\.safetensors")
 
 Sha256 = Callable[[Path], str]
 
@@ -112,6 +114,11 @@ def stored_scales(file: TensorFile) -> dict[str, StoredScale]:
         value = None if activation is None else _scalar(activation)
         scales[key] = StoredScale(scale, None if value == 1.0 else value)
     return scales
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a file is one that ``write_fp8`` finished, by its name; one that was cut off has another."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def write_fp8(

@@ -30,9 +30,7 @@ from .half import to_half
 from .ranges import Excess, excesses, wide_nodes
 from .recipe import RECIPES, Recipe, Selection, load_recipe
 
-__all__ = ["PRECISIONS", "PrecisionSettings", "Variant", "apply_precision", "fp8_bytes", "needed", "variants"]
-
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp8-mixed")
+__all__ = ["PrecisionSettings", "Variant", "apply_precision", "fp8_bytes", "needed", "variants"]
 
 Float = Literal["fp32", "fp16", "bf16"]
 _FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -104,17 +102,19 @@ def needed(presets: Iterable[Preset], *, bf16: bool) -> dict[str, tuple[str, ...
     return {network: tuple(precisions) for network, precisions in table.items()}
 
 
-def fp8_bytes(model: ModelProto, network: str, precisions: Iterable[str]) -> int:
-    """Bytes of E4M3 and scales that the recipes among ``precisions`` will write for a graph, for a disk plan.
+def fp8_bytes(weights: Iterable[TensorRef], network: str, precisions: Iterable[str]) -> int:
+    """Most bytes of E4M3 and scales that the recipes among ``precisions`` will write, before there is a graph.
 
-    Raises:
-        ExportError: A recipe does not fit the graph.
+    Args:
+        weights: Stored tensors of the network; what is dead in the graph may be among them.
+        network: Its name.
+        precisions: Any of ``ltxrt.manifest.PRECISIONS``.
     """
-    layers = {linear.key: linear for linear in linears(model.graph)}
     recipes = [load_recipe(network, kind) for kind in precisions if kind in RECIPES.get(network, ())]
-    chosen = {key for recipe in recipes for key in recipe.select(layers).quantised}
+    stored = {ref.key: ref for ref in weights if len(ref.shape) == 2}
+    chosen = [ref for key, ref in stored.items() if any(recipe.names(key) for recipe in recipes)]
     scale = max(DTYPE_BYTES[name] for name in SCALE_DTYPES.values())
-    return sum(prod(layers[key].shape) + scale * layers[key].shape[layers[key].output_axis] for key in chosen)
+    return sum(prod(ref.shape) + scale * max(ref.shape) for ref in chosen)
 
 
 def apply_precision(
@@ -125,7 +125,7 @@ def apply_precision(
     Args:
         model: The finished graph in fp32; not changed, and given back as it is for ``fp32``.
         network: Its name.
-        precision: One of ``PRECISIONS``.
+        precision: One of ``ltxrt.manifest.PRECISIONS``.
         weights: Stored tensors by checkpoint key, at least those of the linear layers.
         settings: What all networks share.
 

@@ -99,6 +99,10 @@ class Recipe:
     keep: tuple[Rule, ...]
     blocks: BlockRule | None
 
+    def names(self, key: str) -> bool:
+        """Whether a weight of that name would be quantised, whichever block it is in."""
+        return any(rule.matches(key) for rule in self.quantise) and not any(rule.matches(key) for rule in self.keep)
+
     def select(self, keys: Iterable[str]) -> Selection:
         """Sort the weights of a network's linear layers.
 

@@ -16,6 +16,12 @@ An implementation may differ from ``reference`` by ``MAX_LEVELS`` at ``MAX_DIFFE
 its arithmetic falls on the other side of a tie.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..dtypes import Dtype
+from ..spec import C_TYPES, Launch, Port, Problem, Tolerance, ceil_div, vector_of
+
 __all__ = [
     "CB_RANGE",
     "CHROMA_OFFSET",
@@ -28,6 +34,7 @@ __all__ = [
     "LUMA_SCALE",
     "MAX_DIFFERING",
     "MAX_LEVELS",
+    "RgbToYuv420",
 ]
 
 KR = 0.2126
@@ -46,3 +53,69 @@ CHROMA_SCALE = 224.0
 MAX_LEVELS = 1
 #: Largest share of samples that may differ at all.
 MAX_DIFFERING = 1e-3
+
+#: Threads of a block. They share nothing, so any size does that fills a processor in whole blocks.
+_THREADS = 256
+
+_CONSTANTS = {
+    "KR": KR,
+    "KG": KG,
+    "KB": KB,
+    "CB_RANGE": CB_RANGE,
+    "CR_RANGE": CR_RANGE,
+    "LUMA_OFFSET": LUMA_OFFSET,
+    "LUMA_SCALE": LUMA_SCALE,
+    "CHROMA_OFFSET": CHROMA_OFFSET,
+    "CHROMA_SCALE": CHROMA_SCALE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RgbToYuv420(Problem):
+    """The frames of one chunk.
+
+    Attributes:
+        frames: T.
+        height: H, a multiple of 4.
+        width: W, a multiple of 2.
+        dtype: Of ``rgb``.
+
+    Raises:
+        ValueError: A size that has no such picture.
+    """
+
+    op: ClassVar[str] = "rgb_to_yuv420"
+    tolerance: ClassVar[Tolerance] = Tolerance(differing=MAX_DIFFERING)
+    max_registers: ClassVar[int] = 80
+
+    frames: int
+    height: int
+    width: int
+    dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.height % 4 or self.width % 2:
+            size = f"{self.width}x{self.height}"
+            raise ValueError(f"frames of {size} are not allowed; allowed: height a multiple of 4 and width of 2")
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return (Port("rgb", self.dtype, (self.frames, 3, self.height, self.width)),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("frames", "uint8", (self.frames, self.height // 2 * 3, self.width)),)
+
+    def launch(self) -> Launch:
+        vector = vector_of(self.width, self.dtype)
+        return Launch(
+            defines={
+                "TYPE": C_TYPES[self.dtype],
+                "VECTOR": vector,
+                "THREADS": _THREADS,
+                **{name: f"{value!r}f" for name, value in _CONSTANTS.items()},
+            },
+            grid=(ceil_div(self.height // 2 * self.width // vector, _THREADS), self.frames, 1),
+            block=_THREADS,
+            integers=(self.height, self.width),
+        )

@@ -4,9 +4,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from . import CB_RANGE, CHROMA_OFFSET, CHROMA_SCALE, CR_RANGE, KB, KG, KR, LUMA_OFFSET, LUMA_SCALE
+from ..arrays import Arrays, values_of
+from ..dtypes import encode
+from . import CB_RANGE, CHROMA_OFFSET, CHROMA_SCALE, CR_RANGE, KB, KG, KR, LUMA_OFFSET, LUMA_SCALE, RgbToYuv420
 
-__all__ = ["generate_inputs", "rgb_to_yuv420"]
+__all__ = ["generate_inputs", "reference", "rgb_to_yuv420"]
 
 
 def rgb_to_yuv420(rgb: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -34,11 +36,17 @@ def luma(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     return KR * rgb[:, 0] + KG * rgb[:, 1] + KB * rgb[:, 2]
 
 
-def generate_inputs(frames: int, height: int, width: int, seed: int) -> NDArray[np.float32]:
+def reference(problem: RgbToYuv420, inputs: Arrays) -> dict[str, NDArray[np.float64]]:
+    """What a kernel gives for stored inputs."""
+    return {"frames": rgb_to_yuv420(values_of(problem, inputs)["rgb"]).astype(np.float64)}
+
+
+def generate_inputs(problem: RgbToYuv420, seed: int) -> Arrays:
     """Random ``rgb[T, 3, H, W]``: waves with noise, a little beyond [-1, 1] as a decoder goes."""
     generator = np.random.Generator(np.random.Philox(key=seed))
+    frames, height, width = problem.frames, problem.height, problem.width
     frame, row, column = np.ogrid[:frames, :height, :width]
     phase = 2 * np.pi * (frame / frames + row / height + column / width)
     offsets = generator.uniform(0, 2 * np.pi, (1, 3, 1, 1))
     noise = generator.standard_normal((frames, 3, height, width))
-    return (1.1 * np.sin(phase[:, None] + offsets) + 0.1 * noise).astype(np.float32)
+    return {"rgb": encode(1.1 * np.sin(phase[:, None] + offsets) + 0.1 * noise, problem.dtype)}

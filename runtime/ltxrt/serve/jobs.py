@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job layer that every route stands on: submit, wait, cancel, expire, drain.
+
+Lives in the server's event loop; the store's calls are short enough for it (no disk is waited for).
+"""
+
+import asyncio
+import fcntl
+import logging
+import math
+import shutil
+import statistics
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from ..errors import OutputError
+from .board import Board
+from .clip_job import CLIP_NAME, LIVE_NAME
+from .job import Job, NewJob
+from .pool import Slot, WorkerPool
+from .store import JobStore, QueueFullError
+from .worker import WorkerOptions
+
+__all__ = ["JobLayer", "JobOptions", "UnavailableError"]
+
+_LOG = logging.getLogger("ltxrt.serve")
+_JANITOR_SECONDS = 30.0
+_GUESSED_SECONDS = 10.0  # of a clip, before one has been made
+
+
+class UnavailableError(Exception):
+    """The server takes no new jobs, because it is about to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """How jobs are kept.
+
+    Attributes:
+        worker: What the workers are started with; names the data folder.
+        devices: One slot each; the value of ``CUDA_VISIBLE_DEVICES``, None to leave it as it is.
+        max_queued: Jobs that may wait.
+        on_end: Called once for every job that ends while this server runs.
+    """
+
+    worker: WorkerOptions
+    devices: tuple[str | None, ...] = (None,)
+    max_queued: int = 100
+    on_end: Callable[[Job], None] = lambda job: None
+
+
+class JobLayer:
+    """Jobs, their files, and the workers that make the clips.
+
+    Raises:
+        OutputError: The data folder cannot be made, or another server uses it.
+    """
+
+    def __init__(self, options: JobOptions) -> None:
+        self._options = options
+        self._data = Path(options.worker.data)
+        self.jobs_folder, self.incoming_folder = self._data / "jobs", self._data / "incoming"
+        try:
+            for folder in (self._data, self.jobs_folder, self.incoming_folder):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = _locked(self._data)
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            reason = "another server uses this data folder" if taken else f"no data folder ({error.strerror})"
+            raise OutputError(f"{self._data}: {reason}") from error
+        self.store = JobStore(self._data / "jobs.sqlite", retention_seconds=options.worker.retention_seconds)
+        self.board = Board()
+        slots = tuple(Slot(number, device) for number, device in enumerate(options.devices))
+        self.pool = WorkerPool(options.worker, slots, self.store, self._changed)
+        self.draining = False
+        self._ended: set[str] = set()
+        self._janitor: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator["JobLayer"]:
+        """Recover what a former server left, start the workers; at the end stop them."""
+        recovered = self.store.recover()
+        self._sweep()
+        _LOG.info("jobs recovered", extra={"event": "jobs_recovered", "count": len(recovered)})
+        self.pool.start()
+        self._janitor = asyncio.create_task(self._tidy())
+        try:
+            yield self
+        finally:
+            self._janitor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._janitor
+            await self.pool.stop()
+            self.store.close()
+            self._lock.close()
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no more jobs and wait for those that run, at most so long; queued ones are left for the next start.
+
+        Returns:
+            Whether none is running any more.
+        """
+        self.draining = True
+        # A worker that finishes would take the next job, so it is told that there is none.
+        self.store.hold(True)
+        end = time.monotonic() + seconds
+        with self.board.watch(None) as watch:
+            while self.store.count("processing") and time.monotonic() < end:
+                await watch.wait(min(1.0, max(0.0, end - time.monotonic())))
+        self.board.ring_all()
+        return not self.store.count("processing")
+
+    # --- what routes do ---
+
+    def folder(self, job_id: str) -> Path:
+        """Where a job's files are."""
+        return self.jobs_folder / job_id
+
+    def submit(self, job: NewJob, files: Path) -> Job:
+        """Queue a job whose files are in ``files``; that folder becomes the job's, or is removed.
+
+        Raises:
+            UnavailableError: The server drains.
+            QueueFullError: Too many jobs wait.
+            DuplicateKeyError: The idempotency key has been used.
+        """
+        files.rename(self.folder(job.id))
+        try:
+            if self.draining:
+                raise UnavailableError
+            stored = self.store.add(job, max_queued=self._options.max_queued)
+        except BaseException:
+            shutil.rmtree(self.folder(job.id), ignore_errors=True)
+            raise
+        self.pool.wake()
+        self.board.changed(job.id)
+        return stored
+
+    def check_room(self, count: int = 1) -> None:
+        """Refuse early, before inputs are fetched, what ``submit`` would refuse.
+
+        Raises:
+            UnavailableError: The server drains.
+            QueueFullError: Too many jobs wait.
+        """
+        if self.draining:
+            raise UnavailableError
+        if self.store.count("queued") + count > self._options.max_queued:
+            raise QueueFullError
+
+    def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job: at once where it waits, at its next step where it runs."""
+        job = self.store.cancel(job_id)
+        self._changed(job_id)
+        return job
+
+    async def wait(self, job_id: str) -> Job | None:
+        """The job once it is done; None once it is forgotten."""
+        with self.board.watch(job_id) as watch:
+            while True:
+                job = self.store.get(job_id)
+                if job is None or job.done:
+                    return job
+                await watch.wait()
+
+    def clip(self, job: Job) -> Path | None:
+        """The finished clip."""
+        path = self.folder(job.id) / CLIP_NAME
+        return path if job.state == "succeeded" and path.is_file() else None
+
+    def live(self, job_id: str) -> Path:
+        """Where the clip grows while it is made."""
+        return self.folder(job_id) / LIVE_NAME
+
+    def seconds_until_free(self) -> int:
+        """When the queue may have room again: its length times the median clip, over all slots. At least 1."""
+        seconds = statistics.median(self.store.recent_seconds() or [_GUESSED_SECONDS])
+        waiting = self.store.count("queued", "processing")
+        return max(1, math.ceil(seconds * waiting / len(self.pool.slots)))
+
+    # --- within ---
+
+    def _changed(self, job_id: str) -> None:
+        if job_id not in self._ended:
+            job = self.store.get(job_id)
+            if job is not None and job.done:
+                self._ended.add(job_id)
+                self._prune(job)
+                self._options.on_end(job)
+        self.board.changed(job_id)
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(_JANITOR_SECONDS)
+            self.remove_expired(time.time())
+
+    def remove_expired(self, now: float) -> list[str]:
+        """Remove the files, then the records, of jobs whose time is over."""
+        ids = self.store.expired(now)
+        for job_id in ids:
+            shutil.rmtree(self.folder(job_id), ignore_errors=True)
+            self.store.forget(job_id)
+            self._ended.discard(job_id)
+        return ids
+
+    def _prune(self, job: Job) -> None:
+        """Leave of a finished job's files the clip, or nothing: what the caller sent is needed no more."""
+        with suppress(FileNotFoundError):
+            for file in self.folder(job.id).iterdir():
+                if job.state != "succeeded" or file.name != CLIP_NAME:
+                    file.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what a crash left between a folder and its record, and half-received inputs."""
+        for folder in self.jobs_folder.iterdir():
+            job = self.store.get(folder.name)
+            if job is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif job.done:
+                self._prune(job)
+        for left in self.incoming_folder.iterdir():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
+
+def _locked(folder: Path) -> TextIO:
+    """The lock file of a data folder, locked until it is closed."""
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock

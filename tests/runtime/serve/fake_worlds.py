@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines that worker processes of the tests open: instant, slow, or deadly, as the prompt asks.
+
+A prompt may hold ``steps=N`` (denoise steps of ``pause=SECONDS`` each), ``die`` (the process ends as by a signal),
+``raise`` (an error that nobody foresaw) or ``engine`` (an engine's error).
+"""
+
+import os
+import re
+import signal
+import time
+
+from ltxrt.errors import EngineError
+from ltxrt.result import Progress
+from ltxrt.testing import fake_pipeline
+
+
+class _Scripted:
+    def __init__(self, pipeline):
+        self._pipeline = pipeline
+        self.bundle, self.generate = pipeline.bundle, pipeline.generate
+
+    def events(self, request):
+        inner = self._pipeline.events(request)
+        return self._run(inner, request.prompt)
+
+    def _run(self, inner, prompt):
+        words = dict(re.findall(r"(\w+)=([\d.]+)", prompt))
+        steps = int(words.get("steps", 0))
+        for step in range(steps):
+            yield Progress("denoise_1", step, steps)
+            time.sleep(float(words.get("pause", 0.05)))
+        if "die" in prompt.split():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "raise" in prompt.split():
+            raise KeyError("unforeseen")
+        if "engine" in prompt.split():
+            raise EngineError("denoiser: out of memory")
+        yield from inner
+
+
+def scripted(options):
+    return _Scripted(fake_pipeline())
+
+
+def refuses_to_start(options):
+    raise SystemExit("no such model")
