@@ -40,6 +40,10 @@ _PIXELS = 3 * 9 * 128 * 128
 _MUON_RATE, _ADAM_RATE = 0.012, 1e-3
 #: Standard deviation of the noise on the code that the decoder is to forgive.
 _NOISE = 0.1
+#: Weight of pixels that move, and of the mouth's, beside 1.
+_MOVING, _MOUTH = 6, 8
+#: Share of clips whose mouth is shut or jumps.
+_JUMPING = 0.5
 #: Of the encoder's square error beside the decoder's loss.
 _ENCODING_WEIGHT = 0.5
 #: Of the first frame's compression, as published.
@@ -188,7 +192,7 @@ class VideoVaePhase:
             codes.append(pool[int(index)].code(part))
         pixels = pixels_to_unit(np.stack(pictures))
         moving = (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
-        return pixels, _spread(codes, size), 1 + 6 * moving + 3 * torch.as_tensor(mouth_mask(size))
+        return pixels, _spread(codes, size), 1 + _MOVING * moving + _MOUTH * torch.as_tensor(mouth_mask(size))
 
     def _stills(self, size: tuple[int, int], clips: int) -> tuple[Tensor, Tensor]:
         """First frames as the runtime compresses them, [B, 3, 1, H, W], and their codes [B, 32, 1, h, w]."""
@@ -257,9 +261,14 @@ def _draw(random: np.random.Generator, size: tuple[int, int], *, named: bool) ->
 
 
 def _wandering(random: np.random.Generator, rate: float) -> MouthTrack:
-    """A mouth that opens and closes three to six times a second, or stays shut."""
-    if random.random() < 0.1:
+    """A mouth that stays shut, that is another one in every frame, or that opens and closes some times a second."""
+    kind = random.random()
+    if kind < 0.1:
         return MouthTrack(np.zeros(_FRAMES, np.float32), np.full(_FRAMES, 0.5, np.float32))
+    if kind < _JUMPING:
+        # From these the decoder learns which number of the code is which frame: smooth ones blur into each other.
+        jumping = np.clip(random.uniform(-0.2, 1.1, (2, _FRAMES)), 0, 1).astype(np.float32)
+        return MouthTrack(jumping[0], jumping[1])
     tracks: list[NDArray[np.float32]] = []
     for _ in range(2):
         knots = random.uniform(-0.3, 1.1, 24) * random.uniform(0.5, 1.0)
