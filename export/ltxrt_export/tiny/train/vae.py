@@ -29,8 +29,8 @@ __all__ = ["IMAGE_CRF", "SIZES", "VideoVaePhase", "pixels_to_unit", "psnr", "ran
 _FRAMES = 17
 #: Canvases in the pool and how often; the first stage sees each at half size.
 SIZES: Mapping[tuple[int, int], float] = {
-    (128, 128): 4,
-    (192, 192): 5,
+    (128, 128): 5,
+    (192, 192): 7,
     (128, 256): 3,
     (256, 128): 2,
     (256, 256): 3,
@@ -51,7 +51,7 @@ IMAGE_CRF = 33
 #: Single pictures that the encoder sees for each clip of a batch, besides its first frame.
 _STILLS = 2
 #: One step in so many decodes what the encoder makes of the first frame, and one in so many encodes whole clips.
-_OWN_EVERY, _CLIPS_EVERY = 3, 24
+_OWN_EVERY, _CLIPS_EVERY = 2, 24
 
 
 @dataclass(frozen=True, slots=True)
