@@ -32,8 +32,8 @@ def first_frames(camera: Camera, sounds: Sequence[Floats], crf: int, report: Rep
     Args:
         camera: Makes the clips.
         sounds: One for every picture.
-        crf: Of the H.264 compression that a first frame goes through before it is encoded; how much that leaves is
-            reported too, since no model can do better.
+        crf: Of the H.264 compression that a first frame goes through before it is encoded. What that alone leaves is
+            reported too: the PSNR of a model that repeats exactly what it is shown.
         report: Where the figures go.
     """
     question = "first frame"

@@ -53,18 +53,19 @@ def excess(found: NDArray[Any], expected: NDArray[np.float64], port: Port, toler
     if port.dtype not in FORMATS:
         return _levels_excess(values, expected, tolerance)
     layout = FORMATS[port.dtype]
-    # Of both: at a power of two the steps on either side differ, and the kernel may fall on the coarser one.
-    target = layout.rounded(expected)
-    rounding = np.maximum(layout.rounding_error(target), layout.rounding_error(expected))
-    arithmetic = tolerance.of_value * np.abs(expected) + tolerance.of_peak * np.abs(expected).max(initial=0)
     wanted = np.clip(expected, -layout.largest, layout.largest) if layout.saturates else expected
+    # Of both: at a power of two the steps on either side differ, and the kernel may fall on the coarser one.
+    rounding = np.maximum(layout.rounding_error(layout.rounded(wanted)), layout.rounding_error(wanted))
+    arithmetic = tolerance.of_value * np.abs(wanted) + tolerance.of_peak * np.abs(wanted).max(initial=0)
     return float((np.abs(values - wanted) / (arithmetic + rounding)).max(initial=0))
 
 
 def _levels_excess(values: NDArray[np.float64], expected: NDArray[np.float64], tolerance: Tolerance) -> float:
     """Of integers: none off by more than one level, and few off at all."""
     apart = np.abs(values - expected)
-    allowed = 0 if tolerance.differing is None else max(1, tolerance.differing * apart.size)
-    if apart.max(initial=0) > 1:
+    differing = int(np.count_nonzero(apart))
+    if differing == 0:
+        return 0.0
+    if tolerance.differing is None or apart.max() > 1:
         return np.inf
-    return float(np.count_nonzero(apart) / allowed) if allowed else float(np.count_nonzero(apart))
+    return differing / max(1, tolerance.differing * apart.size)

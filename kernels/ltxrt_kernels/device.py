@@ -4,7 +4,7 @@
 Checked against the interfaces of cuda-core 1.2 and cuda-bindings 13 without a device; it has not run on one yet.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = ["DeviceTensors", "opened_device"]
 
 
 @contextmanager
-def opened_device(index: int = 0) -> Iterator[tuple[Any, Any]]:
+def opened_device(index: int = 0) -> Generator[tuple[Any, Any]]:
     """A device, made current in this thread, and a stream of its own on it, both cuda-core's.
 
     Probe for a driver first (``ltxrt.doctor.nvidia``): cuda-core says less clearly that there is none.

@@ -74,7 +74,8 @@ def decode(stored: NDArray[Any], dtype: Dtype) -> NDArray[np.float64]:
         dtype: What its elements are.
     """
     if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs become quiet ones
+            return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "float8_e4m3":
         return _E4M3[stored]
     return stored.astype(np.float64)

@@ -50,7 +50,7 @@ class LoadedKernel:
         import_module("cuda.core").launch(stream, self.config, self.kernel, *arguments)
 
     def arguments(self, addresses: Mapping[str, int]) -> tuple[int | np.int32, ...]:
-        """What the kernel is called with: cuda-core passes an ``int`` as a pointer and an ``np.int32`` as an ``int``."""
+        """What the kernel is called with: cuda-core passes an ``int`` as a pointer, an ``np.int32`` as C's ``int``."""
         inputs, outputs = ([port.name for port in side] for side in (self.problem.inputs, self.problem.outputs))
         if set(addresses) != {*inputs, *outputs}:
             raise ValueError(f"{self.problem.op}: tensors {sorted(addresses)} given; allowed: {[*inputs, *outputs]}")

@@ -25,7 +25,7 @@ __all__ = ["OPS", "Op"]
 _GRID = (16, 22, 40)
 _TOKENS = 16 * 22 * 40
 #: Audio tokens of those frames at 24 a second.
-_AUDIO_TOKENS = 127
+_AUDIO_TOKENS = 126
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,4 +119,4 @@ def architecture_for(compute_capability: tuple[int, int]) -> str:
 
 @cache
 def _text(path: str) -> str:
-    return (files(__package__) / path).read_text("utf-8")
+    return (files("ltxrt_kernels") / path).read_text("utf-8")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ltxrt_export.cli import run
 from ltxrt_export.exporter import ExportOptions, ExportStep, Sources
 from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.parity import LIMIT, ParityRow
+from ltxrt_export.quantize.calibration import Calibration, Origin
 from ltxrt_export.tiny_bundle import TINY_OPTIONS, shipped_tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -197,6 +199,24 @@ def test_the_result_as_json(work: Path, model: list[str], capsys: Capture, recor
         ],
     }
     assert recorded.options == ExportOptions(semantics=Semantics.R1, check=False, overwrite=True)
+
+
+@pytest.mark.parametrize("command", ["export", "tiny"])
+def test_all_presets(work: Path, model: list[str], recorded: Recorded, command: str) -> None:
+    """For a GPU, or with the tiny model for a CPU, unless the other is asked for."""
+    origin = Origin(
+        model="m", checkpoint_sha256="0" * 64, semantics="R3", stage_1_sigmas=(), stage_2_sigmas=(), clips=()
+    )
+    ranges = Calibration(made_from=origin, networks={})
+    ranges.save(work / "c.json")
+    arguments, base = (["export", *model], ExportOptions()) if command == "export" else (["tiny"], TINY_OPTIONS)
+    assert run([*arguments, "--out", "bundle", "--precision", "presets"]) == 0
+    assert recorded.options == replace(base, precisions="presets")
+    assert base.backend == ("gpu" if command == "export" else "cpu")
+    other = "cpu" if command == "export" else "gpu"
+    flags = ["--precision", "presets", "--backend", other, "--calibration", "c.json"]
+    assert run([*arguments, "--out", "bundle", *flags]) == 0
+    assert recorded.options == replace(base, precisions="presets", backend=other, calibration=ranges)
 
 
 def test_tiny_exports_the_shipped_weights(work: Path, capsys: Capture, recorded: Recorded) -> None:

@@ -103,11 +103,63 @@ def test_video_only(tmp_path: Path, tensors: dict[str, Layout]) -> None:
     assert "this is an LTX-Video checkpoint without an audio stream" in refusal(path)
 
 
-def test_fp8(tmp_path: Path, configs: ModelConfigs, tensors: dict[str, Layout]) -> None:
-    key = f"{DIT}transformer_blocks.1.attn1.to_q.weight"
-    quantised = tensors | {key: ("F8_E4M3", tensors[key][1]), f"{key}_scale": ("F32", ())}
-    path = written(tmp_path / "ltx-2.3-22b-distilled-fp8.safetensors", quantised, **configs.checkpoint)
-    assert "this is an fp8 checkpoint" in refusal(path)
+LAYER = f"{DIT}transformer_blocks.1.attn1.to_q"
+SCALES: dict[str, Layout] = {f"{LAYER}.weight_scale": ("F32", ()), f"{LAYER}.input_scale": ("F32", ())}
+
+
+def in_fp8(tensors: Mapping[str, Layout], **changes: Layout | None) -> dict[str, Layout]:
+    """One layer as in the published FP8 files, then changed by the last part of the name (None removes)."""
+    stored = {**tensors, f"{LAYER}.weight": ("F8_E4M3", tensors[f"{LAYER}.weight"][1]), **SCALES}
+    for name, layout in changes.items():
+        stored.pop(f"{LAYER}.{name}", None)
+        if layout is not None:
+            stored[f"{LAYER}.{name}"] = layout
+    return stored
+
+
+def test_fp8_as_published(tmp_path: Path, configs: ModelConfigs, tensors: dict[str, Layout]) -> None:
+    path = written(tmp_path / "ltx-2.3-22b-distilled-fp8.safetensors", in_fp8(tensors), **configs.checkpoint)
+    assert kind_of(TensorFile.open(path)) is Kind.DISTILLED
+    Checkpoint.open(path)
+    dev = path.rename(tmp_path / "ltx-2.3-22b-dev-fp8.safetensors")
+    assert "this is the dev checkpoint of LTX-2.3" in refusal(dev)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_scale": None},
+        {"input_scale": None},
+        {"weight_scale": ("BF16", ())},
+        {"weight_scale": ("F32", (128,))},
+        {"weight_scale": ("F32", (1, 2))},
+        {"input_scale": ("F32", (2,))},
+        {"weight": ("F8_E5M2", (128, 128))},
+        {"bias": ("F8_E4M3", (128,))},
+    ],
+)
+def test_fp8_in_another_way(
+    tmp_path: Path, configs: ModelConfigs, tensors: dict[str, Layout], changes: dict[str, Layout | None]
+) -> None:
+    path = written(tmp_path / "ltx-2.3-22b-distilled-fp8.safetensors", in_fp8(tensors, **changes), **configs.checkpoint)
+    assert "this is an fp8 checkpoint without the scales of the published ones" in refusal(path)
+
+
+@pytest.mark.parametrize("layer", [f"{DIT}patchify_proj", "vae.decoder.conv_in.conv", f"{LAYER[:-4]}q_norm"])
+def test_fp8_outside_of_the_blocks_linears(
+    tmp_path: Path, configs: ModelConfigs, tensors: dict[str, Layout], layer: str
+) -> None:
+    scales: dict[str, Layout] = {f"{layer}.weight_scale": ("F32", ()), f"{layer}.input_scale": ("F32", ())}
+    stored = {**tensors, **scales, f"{layer}.weight": ("F8_E4M3", tensors[f"{layer}.weight"][1])}
+    assert "this is an fp8 checkpoint" in refusal(written(tmp_path / "x.safetensors", stored, **configs.checkpoint))
+
+
+def test_scales_without_a_weight_are_unexpected(
+    tmp_path: Path, configs: ModelConfigs, tensors: dict[str, Layout]
+) -> None:
+    path = written(tmp_path / "x.safetensors", {**tensors, **SCALES}, **configs.checkpoint)
+    with pytest.raises(ExportError, match=r"transformer: 2 tensors unexpected .*weight_scale"):
+        Checkpoint.open(path).component("transformer")
 
 
 @pytest.mark.parametrize("suffix", ["lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight"])

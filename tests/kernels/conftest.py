@@ -61,9 +61,7 @@ def worst(problem: Problem, inputs: Arrays, outputs: Arrays) -> float:
     """How much of the tolerance the worst output uses up."""
     expected = OPS[problem.op].reference(problem, inputs)
     assert set(expected) == {port.name for port in problem.outputs}
-    return max(
-        excess(outputs[port.name], expected[port.name], port, problem.tolerance) for port in problem.outputs
-    )
+    return max(excess(outputs[port.name], expected[port.name], port, problem.tolerance) for port in problem.outputs)
 
 
 # --- on the CPU ---
@@ -80,7 +78,7 @@ def build(batch: Sequence[Problem], stem: Path) -> ctypes.CDLL:
     """Compile one op's kernel once for each problem, with the toolkit's headers and a check of every alignment."""
     pathfinder = pytest.importorskip("cuda.pathfinder")
     headers = [pathfinder.find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
-    if shutil.which("g++") is None or None in headers:
+    if shutil.which("g++") is None or None in headers or not (Path(headers[0]) / "crt").is_dir():
         pytest.skip("no g++ or no CUDA headers to compile kernels for the CPU with")
     package = Path(ltxrt_kernels.__file__).parent
     parts = ['#include "emulator.hpp"', '#include "ltxrt.cuh"']

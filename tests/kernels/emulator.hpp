@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a kernel's own source on the CPU: one block after another, each thread a coroutine that yields at barriers and
-// shuffles. Conversions are the toolkit's, from the same headers that the GPU compiler reads. What it cannot show is
-// anything about memory order or time.
+// Runs a kernel's own source on the CPU: one block after another, each thread a coroutine. The threads of a warp meet at
+// shuffles; a warp runs as far as the next barrier before another one gets its turn, first warps first and then last
+// warps first, so that what relies on a missing barrier goes wrong. Conversions are the toolkit's, from the same headers
+// that the GPU's compiler reads. What it cannot show is anything about memory order or time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +28,7 @@ inline uint3 thread, block;
 inline ucontext_t scheduler;
 inline ucontext_t* current;
 inline std::vector<float> lanes;
-inline std::vector<char> finished;
+inline std::vector<char> finished, waiting;
 inline void (*body)();
 
 inline void yield() { swapcontext(current, &scheduler); }
@@ -38,6 +39,11 @@ inline void entry() {
     yield();
 }
 
+inline void barrier() {
+    waiting[thread.x] = 1;
+    yield();
+}
+
 inline float exchange(float value, int mask) {
     const unsigned self = thread.x;
     lanes[self] = value;
@@ -45,6 +51,22 @@ inline float exchange(float value, int mask) {
     const float other = lanes[self ^ mask];
     yield();
     return other;
+}
+
+// Until each of the warp's threads has ended or waits at a barrier.
+inline void run_warp(std::vector<ucontext_t>& contexts, unsigned begin, unsigned end) {
+    bool moving = true;
+    while (moving) {
+        moving = false;
+        for (unsigned i = begin; i < end; ++i) {
+            if (!finished[i] && !waiting[i]) {
+                thread = {i, 0, 0};
+                current = &contexts[i];
+                swapcontext(&scheduler, current);
+                moving = moving || (!finished[i] && !waiting[i]);
+            }
+        }
+    }
 }
 
 inline void run_block(unsigned threads) {
@@ -60,13 +82,12 @@ inline void run_block(unsigned threads) {
         contexts[i].uc_link = &scheduler;
         makecontext(&contexts[i], entry, 0);
     }
-    while (std::count(finished.begin(), finished.end(), 1) < static_cast<long>(threads)) {
-        for (unsigned i = 0; i < threads; ++i) {
-            if (!finished[i]) {
-                thread = {i, 0, 0};
-                current = &contexts[i];
-                swapcontext(&scheduler, current);
-            }
+    const unsigned warps = (threads + 31) / 32;
+    for (bool forward = true; std::count(finished.begin(), finished.end(), 0) > 0; forward = !forward) {
+        waiting.assign(threads, 0);
+        for (unsigned i = 0; i < warps; ++i) {
+            const unsigned warp = forward ? i : warps - 1 - i;
+            run_warp(contexts, warp * 32, std::min(threads, warp * 32 + 32));
         }
     }
 }
@@ -112,7 +133,7 @@ int launch(void (*kernel)(P...), void** arguments, int count, const unsigned* gr
 #define threadIdx emulator::thread
 #define blockIdx emulator::block
 
-inline void __syncthreads() { emulator::yield(); }
+inline void __syncthreads() { emulator::barrier(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulator::exchange(value, mask); }
 template <typename T>
 void __stwb(T* address, T value) {

@@ -43,6 +43,6 @@ def test_kernel_on_the_cpu(problem, emulated):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("problem", (*PROBLEMS, *OPS["head_gate"].production), ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *OPS["head_gate"].production], ids=str)
 def test_kernel_on_the_gpu(problem, on_gpu):
     assert on_gpu(problem) <= 1

@@ -12,9 +12,7 @@ __all__ = ["euler_step", "generate_inputs", "reference"]
 Values = NDArray[np.float64]
 
 
-def euler_step(
-    latent: Values, velocity: Values, clean: Values, mask: Values, sigmas: tuple[Values, Values]
-) -> Values:
+def euler_step(latent: Values, velocity: Values, clean: Values, mask: Values, sigmas: tuple[Values, Values]) -> Values:
     """The latent at the next noise level (see the package).
 
     Args:

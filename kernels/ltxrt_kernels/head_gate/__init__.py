@@ -37,7 +37,7 @@ class HeadGate(Problem):
 
     op: ClassVar[str] = "head_gate"
     tolerance: ClassVar[Tolerance] = Tolerance(of_value=2e-6)
-    max_registers: ClassVar[int] = 40
+    max_registers: ClassVar[int] = 32
 
     tokens: int
     heads: int

@@ -40,7 +40,7 @@ class LatentLayout(Problem):
 
     op: ClassVar[str] = "latent_layout"
     tolerance: ClassVar[Tolerance] = Tolerance(of_value=1e-6, of_peak=3e-7)
-    max_registers: ClassVar[int] = 48
+    max_registers: ClassVar[int] = 40
 
     tokens: int
     channels: int = 128
@@ -75,7 +75,7 @@ class LatentLayout(Problem):
                 "THREADS": _THREADS,
                 "READ": vector_of(columns, self.source),
                 # Packing reads the statistics in as wide an access as it writes.
-                "WRITE": vector_of(rows, self.target, *(["float32"] if self.pack else [])),
+                "WRITE": vector_of(rows, "float32" if self.pack else self.target),
             },
             grid=(ceil_div(columns, _TILE), ceil_div(rows, _TILE), 1),
             block=_THREADS,

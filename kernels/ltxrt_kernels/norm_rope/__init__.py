@@ -2,9 +2,10 @@
 """RMSNorm of queries or keys over their whole width, then the split rotary embedding, in one pass.
 
 ``x[N, W]`` with W made of heads, ``weight[W]``; N = frames * height * width tokens, frame-major. The tables are the
-runtime's own (``ltxrt.rope``), cosines first and then sines: ``rope_time[2, frames, n]``, ``rope_height[2, height, n]``,
-``rope_width[2, width, n]``. With ``y = x / sqrt(mean(x^2) + epsilon) * weight``, each head h of width d is turned in
-pairs, half a head apart (Lightricks/LTX-2 packages/ltx-core/src/ltx_core/model/transformer/{attention,rope}.py)::
+runtime's own (``ltxrt.rope``), cosines first and then sines: ``rope_time[2, frames, n]``,
+``rope_height[2, height, n]``, ``rope_width[2, width, n]``. With ``y = x / sqrt(mean(x^2) + epsilon) * weight``, each
+head h of width d is turned in pairs, half a head apart (Lightricks/LTX-2
+packages/ltx-core/src/ltx_core/model/transformer/{attention,rope}.py)::
 
     out[h d + r]       = y[h d + r] cos(i) - y[h d + d/2 + r] sin(i)
     out[h d + d/2 + r] = y[h d + d/2 + r] cos(i) + y[h d + r] sin(i)        i = h d/2 + r,  0 <= r < d/2

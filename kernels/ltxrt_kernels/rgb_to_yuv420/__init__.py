@@ -86,7 +86,7 @@ class RgbToYuv420(Problem):
 
     op: ClassVar[str] = "rgb_to_yuv420"
     tolerance: ClassVar[Tolerance] = Tolerance(differing=MAX_DIFFERING)
-    max_registers: ClassVar[int] = 80
+    max_registers: ClassVar[int] = 48
 
     frames: int
     height: int
