@@ -46,7 +46,7 @@ _CLOSED, _OPENS, _NARROW, _WIDENS = 0.011, 0.105, 0.09, 0.07
 MOUTH_BOX = (-0.25, -0.05, 0.25, 0.29)
 
 #: Width over which one colour turns into the next: soft, so that a picture does not hang on where a pixel's edge lies.
-_SOFT = 0.02
+_SOFT = 0.03
 _BLINK_SECONDS = 0.16
 _LONGEST_SECONDS = 30.0
 
@@ -78,10 +78,10 @@ class Scene:
         blinks = np.cumsum(waits) - 0.5 * float(random.random())
         return cls(
             *(COLOURS[names[part]] for part in PARTS),
-            place=(float(random.uniform(-0.01, 0.01)), float(random.uniform(-0.005, 0.005))),
+            place=(float(random.uniform(-0.006, 0.006)), float(random.uniform(-0.003, 0.003))),
             sway=(
-                (float(random.uniform(0, 0.01)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
-                (float(random.uniform(0, 0.004)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
+                (float(random.uniform(0, 0.006)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
+                (float(random.uniform(0, 0.0025)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
             ),
             blinks=tuple(float(moment) for moment in blinks if moment < _LONGEST_SECONDS),
         )

@@ -37,7 +37,7 @@ SIZES: Mapping[tuple[int, int], float] = {
 }
 #: Pixels of a batch.
 _PIXELS = 3 * 9 * 128 * 128
-_MUON_RATE, _ADAM_RATE = 0.012, 1e-3
+_MUON_RATE, _ADAM_RATE = 0.006, 5e-4
 #: Standard deviation of the noise on the code that the decoder is to forgive.
 _NOISE = 0.1
 #: Weight of pixels that move, and of the mouth's, beside 1.
