@@ -120,7 +120,7 @@ def test_only_the_server_knows_of_the_web():
     users = {module_of(path) for path in sources("ltxrt") if {name.split(".")[0] for name in imports(path)} & web}
     assert all(user.startswith("ltxrt.serve.") for user in users)
     # A worker process has no use for it, and starts faster without.
-    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "pool", "jobs", "board")}
+    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "sandbox_child")}
     assert not users & lean
 
 

@@ -18,7 +18,7 @@ from ltxrt.cli_process import emit, main_app, run_app
 from .cli_calibrate import app as calibrate_app
 from .cli_download import download
 from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
-from .cli_verify import verify
+from .cli_verify import app as verify_app
 from .engines.cli import app as engines_app
 from .lint.cli import app as lint_app
 from .tiny.train_cli import train_tiny
@@ -81,10 +81,10 @@ def root(
 
 app.command()(download)
 app.command()(train_tiny)
-app.command()(verify)
 app.add_typer(calibrate_app)
 app.add_typer(engines_app)
 app.add_typer(lint_app)
+app.add_typer(verify_app)
 
 
 @app.command()

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from .parity import ParityRow
     from .verify import EngineReport, NetworkReport
 
-__all__ = ["verify"]
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _SEEDS = 2**31
 
 
+@app.command()
 def verify(  # noqa: PLR0913  # one parameter per flag
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle; without one, that of the package.", show_default=False)

@@ -6,6 +6,7 @@ request's flags come from ``Request``, and ``Request`` checks them, so that ever
 Heavy modules are imported inside the commands, so that ``--help`` and usage errors are instant.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -217,6 +218,33 @@ def presets(as_json: JsonFlag = False) -> None:
 
     loaded = load_presets()
     emit({"presets": [preset_json(preset) for preset in loaded]} if as_json else preset_lines(loaded))
+
+
+@app.command()
+def serve(  # noqa: PLR0913  # the flags that most servers need; --set gives the rest
+    bundle: BundleFlag = None,
+    data: Annotated[str | None, typer.Option("--data", help="Folder for jobs and results; ./ltxrt-data.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port; 8000, and 0 takes a free one.")] = None,
+    api_key_file: Annotated[str | None, typer.Option("--api-key-file", help="File with one key a line.")] = None,
+    no_auth: Annotated[bool | None, typer.Option("--no-auth", help="No keys; on a loopback address only.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as NAME=VALUE.")] = None,
+) -> None:
+    """Serve clips over HTTP. Settings: these flags, then LTXRT_* in the environment, then the TOML file."""
+    from .serve.settings import load_settings
+
+    flags: dict[str, Any] = {"bundle": None if bundle is None else str(bundle), "data": data, "host": host}
+    flags |= {"port": port, "api_key_file": api_key_file, "no_auth": no_auth}
+    for item in settings or ():
+        name, _, value = item.partition("=")
+        flags[name] = value
+    loaded = load_settings(flags, os.environ, config)
+    try:
+        from .serve.command import serve as run_server
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error.name} is missing; install ltxrt[server]") from error
+    run_server(loaded)
 
 
 def _destination(output: Path, request: Request, *, overwrite: bool) -> Path:

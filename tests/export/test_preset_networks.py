@@ -27,7 +27,7 @@ from ltxrt_export.parity import ParityRow, limit_of
 from ltxrt_export.preset_networks import PresetNetworks, Trial, preset_fp8_bytes, record_trials
 from ltxrt_export.quantize import calibrate
 from ltxrt_export.quantize.calibrate import CalibrationOptions
-from ltxrt_export.quantize.calibration import Calibration
+from ltxrt_export.quantize.calibration import Calibration, NetworkRanges
 from ltxrt_export.quantize.clips import CLIPS
 from ltxrt_export.quantize.precision import needed, variants
 from ltxrt_export.tiny_bundle import TINY_OPTIONS
@@ -167,15 +167,26 @@ def test_the_runtime_renders_every_preset(
 
 
 @pytest.mark.slow
-def test_for_a_gpu_the_finest_preset_is_bf16(cpu: Exported, export: Export) -> None:
-    """Not run by anything here but the check, which emulates it; all else is as for the CPU."""
-    made = export("gpu", replace(OPTIONS, backend="gpu", calibration=cpu.calibration(), check=False))
-    gpu, other = Bundle.open(made.path).manifest, Bundle.open(cpu.path).manifest
-    assert gpu.networks[gpu.presets["maximum"]["denoiser"]].precision == "bf16"
-    assert made.rows == []
-    differing = {key for key in gpu.networks if key not in other.networks}
-    assert differing == {gpu.presets["maximum"]["denoiser"]}
-    assert made.calibration() == cpu.calibration()
+def test_for_a_gpu_the_finest_preset_is_bf16_and_so_is_what_fp16_cannot_hold(
+    cpu: Exported, export: Export, fp32_graphs: Mapping[str, Path]
+) -> None:
+    """All else is as for the CPU. Not run here: BF16 is for a GPU."""
+    graph = onnx.load(fp32_graphs["upsampler"], load_external_data=False).graph
+    tensor = next(node.output[0] for node in graph.node if node.op_type == "Conv")
+    made = cpu.calibration()
+    planted = made.model_copy(
+        update={"networks": {**made.networks, "upsampler": NetworkRanges(layers={}, large={tensor: 1e5})}}
+    )
+    found = export("gpu", replace(OPTIONS, backend="gpu", calibration=planted, check=False))
+    gpu, other = Bundle.open(found.path).manifest, Bundle.open(cpu.path).manifest
+    maximum = gpu.presets["maximum"]
+    assert gpu.networks[maximum["denoiser"]].precision == "bf16"
+    assert {key for key in gpu.networks if key not in other.networks} == {maximum["denoiser"], maximum["upsampler"]}
+    notes = [step.note for step in found.steps if step.description == "presets" and step.note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"upsampler fp16: {tensor} reaches 100000, too much for FP16, and is BF16 (Conv near ")
+    assert found.rows == []
+    assert found.calibration() == planted
 
 
 @pytest.mark.slow

@@ -160,6 +160,12 @@ class JobLayer:
         self._changed(job_id)
         return job
 
+    def discard(self, job_id: str) -> None:
+        """Cancel a job where it is not done, and have it removed as soon as it is."""
+        self.store.expire(job_id)
+        self.cancel(job_id)
+        self.remove_expired(time.time())
+
     async def wait(self, job_id: str) -> Job | None:
         """The job once it is done; None once it is forgotten."""
         with self.board.watch(job_id) as watch:
@@ -193,6 +199,8 @@ class JobLayer:
                 self._ended.add(job_id)
                 self._prune(job)
                 self._options.on_end(job)
+                if job.expires_at is not None and job.expires_at <= time.time():
+                    self.remove_expired(time.time())
         self.board.changed(job_id)
 
     async def _tidy(self) -> None:

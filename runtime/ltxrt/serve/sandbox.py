@@ -71,6 +71,8 @@ class Sandbox:
             self.prepare()
             assert self._spare is not None
             process, self._spare = await self._spare, None
+            if process.returncode is not None:  # it did not live to see its order
+                process = await self._start()
             self.prepare()
             try:
                 answer = await self._order(process, kind, source, target, field)

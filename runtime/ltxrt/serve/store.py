@@ -210,9 +210,17 @@ class JobStore:
                 self.finish(job_id, worker, "failed", {"error_type": error_type, "error_message": message})
         return ids
 
+    def expire(self, job_id: str) -> None:
+        """Keep a job no longer than it runs."""
+        with self._transaction():
+            self._db.execute("UPDATE jobs SET expires_at = ? WHERE id = ?", (time.time(), job_id))
+
     def expired(self, now: float) -> list[str]:
         """Jobs whose time is over."""
-        return [str(row[0]) for row in self._rows("SELECT id FROM jobs WHERE expires_at <= ?", (now,))]
+        return [
+            str(row[0])
+            for row in self._rows("SELECT id FROM jobs WHERE expires_at <= ? AND completed_at IS NOT NULL", (now,))
+        ]
 
     def forget(self, job_id: str) -> None:
         """Remove a finished job and its events; its files are the caller's to remove first."""
@@ -283,8 +291,8 @@ class JobStore:
         now = time.time()
         result = json.dumps(outcome["result"]) if "result" in outcome else None
         changed = self._db.execute(
-            "UPDATE jobs SET state = ?, completed_at = ?, expires_at = ?, result = ?, error_type = ?,"
-            f" error_message = ?, seconds_left = NULL WHERE id = ? AND {where}",
+            "UPDATE jobs SET state = ?, completed_at = ?, expires_at = min(coalesce(expires_at, 1e12), ?), result = ?,"
+            f" error_type = ?, error_message = ?, seconds_left = NULL WHERE id = ? AND {where}",
             (
                 state,
                 now,

@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job layer with real worker processes on scripted pipelines, and sound to feed it."""
 
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import wave
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -25,3 +36,96 @@ def scripted(monkeypatch):
     """Let worker processes import ``fake_worlds``; the factory's name."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     return "fake_worlds:scripted"
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen
+    url: str
+    data: Path
+    log: Path
+
+    def client(self, key="secret", **options):
+        """An HTTP client with a key."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, **options)
+
+    def lines(self):
+        """Its log lines."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def until_ready(self, seconds=60):
+        with self.client() as client:
+            end = time.monotonic() + seconds
+            while client.get("/ready").status_code != 200:
+                assert time.monotonic() < end, self.log.read_text()
+                time.sleep(0.05)
+
+
+@contextmanager
+def serving(folder, **settings):
+    """Start a server on scripted pipelines; it is stopped with SIGTERM and must end with 0."""
+    script = (
+        "import json, sys; from ltxrt.serve.command import serve; from ltxrt.serve.settings import Settings;"
+        "serve(Settings(**json.loads(sys.argv[1])), factory='fake_worlds:scripted')"
+    )
+    chosen = {
+        "data": str(folder / "data"),
+        "port": 0,
+        "api_keys": ["secret", "other"],
+        "warm_up": [],
+        "threads": 1,
+        "drain_seconds": 20,
+        **settings,
+    }
+    log = folder / f"log{time.monotonic_ns()}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-c", script, json.dumps(chosen)], stderr=file, env=environment)
+    try:
+        end = time.monotonic() + 60
+        while '"listening"' not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.02)
+        line = next(line for line in log.read_text().splitlines() if '"listening"' in line)
+        running = Running(process, f"http://127.0.0.1:{json.loads(line)['port']}", folder / "data", log)
+        running.until_ready()
+        yield running
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        assert process.returncode in (0, -signal.SIGKILL), log.read_text()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server that the tests share."""
+    with serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    """A client of the shared server, with a key."""
+    with server.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def sound(speech):
+    """The sound as a data URI."""
+    return f"data:audio/wav;base64,{base64.b64encode(speech.read_bytes()).decode()}"
+
+
+@pytest.fixture
+def start_server(tmp_path):
+    """``start_server(**settings)``: a context manager that runs a server on the test's own folder."""
+    return partial(serving, tmp_path)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All routes in one application, and every refusal in the words of the API that was asked."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..bundle import Bundle
+from ..errors import MediaError, RequestError
+from .auth import Keys
+from .fetch import FetchRules
+from .guard import Guard, request_id
+from .inputs import InputLimits, InputReader, UploadShelf
+from .jobs import JobLayer, JobOptions, UnavailableError
+from .metrics import Metrics
+from .model import model_object
+from .problems import ProblemError, problem_response
+from .routes_fal import router as fal_routes
+from .routes_files import router as file_routes
+from .routes_hub import router as hub_routes
+from .routes_openai import router as openai_routes
+from .routes_operations import router as operations_routes
+from .sandbox import Sandbox, SandboxLimits
+from .service import Service, service_of
+from .settings import Settings
+from .store import QueueFullError
+from .worker import WorkerOptions
+
+__all__ = ["create_app"]
+
+_LOG = logging.getLogger("ltxrt.serve")
+_SHELF_SECONDS = 3600.0
+_TIDY_SECONDS = 60.0
+_BY_STATUS = {404: "resource_not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle") -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        settings: As loaded.
+        factory: ``module:function`` by which workers open their pipeline.
+
+    Raises:
+        LtxrtError: The bundle, the keys or the data folder cannot be used.
+    """
+    bundle = Bundle.open(settings.bundle)
+    keys = Keys(() if settings.no_auth else settings.keys())
+    metrics = Metrics()
+    model = model_object(bundle.manifest.model.name, int(time.time()))
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncGenerator[None]:
+        async with JobLayer(_job_options(settings, metrics, factory)).running() as jobs:
+            sandbox = Sandbox(SandboxLimits(audio_seconds=settings.max_audio_seconds))
+            sandbox.prepare()
+            shelf = UploadShelf(jobs.incoming_folder.with_name("uploads"), settings.max_uploads)
+            inputs = InputReader(_input_limits(settings), sandbox, shelf)
+            app.state.service = Service(settings, jobs, inputs, keys, metrics, model)
+            tidying = asyncio.create_task(_tidy(shelf))
+            try:
+                yield
+            finally:
+                tidying.cancel()
+                with suppress(asyncio.CancelledError):
+                    await tidying
+                await sandbox.close()
+
+    app = FastAPI(title="ltxrt", summary="Audio to video", lifespan=life, docs_url=None, redoc_url=None)
+    for router in (hub_routes, openai_routes, fal_routes, file_routes, operations_routes):
+        app.include_router(router)
+    for kind in (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, HTTPException):
+        app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(Exception, _failed)
+    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, _problem(request, error), request_id(request.scope))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; the HTTP server logs its traceback."""
+    problem = ProblemError("internal_error", "the server's log says more under this request's id")
+    return problem_response(request.url.path, problem, request_id(request.scope))
+
+
+def _problem(request: Request, error: Exception) -> ProblemError:
+    match error:
+        case ProblemError():
+            return error
+        case MediaError():
+            detail = f"{error.field} {error.problem}; allowed: {error.allowed}"
+            return ProblemError("invalid_media", detail, field=error.field)
+        case RequestError():
+            return ProblemError("invalid_params", str(error), field=error.field)
+        case QueueFullError():
+            wait = {"Retry-After": str(service_of(request).jobs.seconds_until_free())}
+            return ProblemError("queue_full", "try again later", headers=wait)
+        case UnavailableError():
+            wait = {"Retry-After": str(service_of(request).jobs.seconds_until_free())}
+            return ProblemError("draining", "try again on another server, or later", headers=wait)
+        case HTTPException():
+            kind = _BY_STATUS.get(error.status_code, "bad_request")
+            return ProblemError(kind, str(error.detail), headers=error.headers)
+        case _:
+            raise error
+
+
+def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptions:
+    worker = WorkerOptions(
+        name="",
+        data=settings.data,
+        bundle=settings.bundle,
+        threads=settings.threads,
+        factory=factory,
+        warm_up=settings.warm_up,
+        retention_seconds=settings.retention_seconds,
+        timeout_seconds=settings.job_timeout_seconds,
+    )
+    devices = settings.devices or (None,) * settings.slots
+    return JobOptions(worker=worker, devices=devices, max_queued=settings.max_queued, on_end=metrics.ended)
+
+
+def _input_limits(settings: Settings) -> InputLimits:
+    fetching = FetchRules(
+        schemes=("https", "http") if settings.fetch_http else ("https",),
+        networks=settings.fetch_networks,
+        domains=settings.fetch_domains,
+        timeout_seconds=settings.fetch_seconds,
+    )
+    return InputLimits(audio_bytes=settings.max_audio_bytes, image_bytes=settings.max_image_bytes, fetching=fetching)
+
+
+async def _tidy(shelf: UploadShelf) -> None:
+    """Remove uploads that nobody has used."""
+    while True:
+        await asyncio.sleep(_TIDY_SECONDS)
+        shelf.remove_older(time.time() - _SHELF_SECONDS)
