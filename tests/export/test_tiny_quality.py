@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ltxrt.bundle import Bundle
 from ltxrt.decode import FrameChunk, VideoDecoder
 from ltxrt.encoders import Conditioning, TextContexts
 from ltxrt.image import read_image
@@ -38,9 +37,6 @@ from ltxrt_export.tiny.mouth import SAMPLE_RATE, MouthTrack, frame_times
 from ltxrt_export.tiny.sound import speech
 from ltxrt_export.tiny.world import PARTS, Scene, render
 from ltxrt_kernels.rgb_to_yuv420.reference import rgb_to_yuv420
-
-#: The checkpoint with random weights (``write_tiny`` with seed 0), which shipped before there was a trained one.
-RANDOM_CHECKPOINT = "35f69ce9b6c1f6925c0f133e0ee64060e700e360eb9f4ab862af884420739a2b"
 
 Film = Callable[[Request], np.ndarray]
 
@@ -69,13 +65,6 @@ def film(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Film:
         return np.concatenate(kept)
 
     return run
-
-
-@pytest.fixture
-def trained() -> None:
-    """For what random weights cannot show."""
-    if Bundle.open().manifest.model.checkpoint_sha256 == RANDOM_CHECKPOINT:
-        pytest.skip("the shipped bundle still has random weights")
 
 
 @pytest.fixture
@@ -137,7 +126,6 @@ def test_final_frames_are_those_of_the_classes(
     assert psnr(found, expected) >= 45
 
 
-@pytest.mark.usefixtures("trained")
 def test_the_mouth_follows_made_up_speech(film: Film, wav: Callable[[np.ndarray], Path]) -> None:
     frames = 73
     sound = speech(np.random.default_rng(78), frames / 24)
@@ -147,7 +135,6 @@ def test_the_mouth_follows_made_up_speech(film: Film, wav: Callable[[np.ndarray]
     assert abs(found.lag) <= 1
 
 
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("index", [20, 33, 47])
 def test_the_colours_are_those_of_the_prompt(film: Film, index: int) -> None:
     pictures = rgb_pictures(film(asked(bundled_speech(), index, num_frames=25, video_quality="low")))
@@ -156,7 +143,6 @@ def test_the_colours_are_those_of_the_prompt(film: Film, index: int) -> None:
     assert shown == {part: names[part] for part in PARTS}
 
 
-@pytest.mark.usefixtures("trained")
 def test_the_mouth_stays_shut_in_silence(film: Film, wav: Callable[[np.ndarray], Path]) -> None:
     silent = np.zeros(2 * SAMPLE_RATE, np.float32)
     opening = mouth_opening(rgb_pictures(film(asked(wav(silent), 5, num_frames=49))))

@@ -195,9 +195,11 @@ def test_given_weights_are_written(model: TinyModel, tmp_path: Path) -> None:
 def test_the_video_vae_learns_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "vae.pt"
     first = TinyModel.fresh(0)
-    losses = [progress.loss for progress in run_phase(first, lambda: VideoVaePhase(first, 0, pool=6), 0.34, path)]
+    losses = [
+        progress.loss for progress in run_phase(first, lambda: VideoVaePhase(first, 0, 6, {(64, 64): 1}), 0.34, path)
+    ]
     second = TinyModel.fresh(1)
-    assert list(run_phase(second, lambda: VideoVaePhase(second, 0, pool=6), 0.34, path)) == []
+    assert list(run_phase(second, lambda: VideoVaePhase(second, 0, 6, {(64, 64): 1}), 0.34, path)) == []
     for mine, theirs in zip(second.video_vae.parameters(), first.video_vae.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert losses[-1] < 0.9

@@ -24,8 +24,8 @@ LICENCE = "Apache-2.0 (weights of the ltxrt project's own)"
 #: Pixel budget of ``resolution: auto``: 256x128 without an image, 192x192 for a square one.
 AUTO_PIXELS = 256 * 192
 
-#: Text tokens of a context; the registers are tiled twice over it (eight times in the 22B model).
-CONTEXT_TOKENS = 256
+#: Text tokens of a context; as many as there are registers (the 22B model tiles them eight times).
+CONTEXT_TOKENS = 128
 
 _HEADS = 4
 _VIDEO_HEAD, _AUDIO_HEAD = 32, 16
@@ -179,7 +179,7 @@ def _vae() -> dict[str, Any]:
             ["res_x", layer],
             ["compress_all_res", {"multiplier": 1}],
             ["res_x", layer],
-            ["compress_all_res", {"multiplier": 1}],
+            ["compress_all_res", {"multiplier": 2}],
             ["res_x", layer],
         ],
         # Listed output side first. Narrowing at once, next to the latents, leaves the budget to full resolution.

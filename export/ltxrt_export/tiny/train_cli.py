@@ -2,7 +2,7 @@
 """``ltxrt-export train-tiny``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,13 +16,22 @@ def train_tiny(
     minutes: Annotated[float, typer.Option(min=0.1, help="Wall time of the training steps.")] = 180.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds a run.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and noise.")] = 0,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train; never run on cuda yet.")
+    ] = "auto",
 ) -> None:
     """Train the tiny model on clips that are drawn on the way, and write it in the published layout."""
     if not resume and (out / "checkpoints").exists():
         raise ExportError(f"{out}: holds a run already; allowed: a new folder, or --resume")
+    import torch
+
     from .train.recipe import train_tiny as train
     from .train.recipe import trained_paths
 
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ExportError("device: 'cuda' is not there; allowed here: auto, cpu")
+    torch.set_default_device("cuda" if has_gpu and device != "cpu" else "cpu")
     for progress in train(out, minutes, seed):
         figures = " ".join(f"{name}={value:.3g}" for name, value in progress.figures.items())
         typer.echo(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world of the tiny model: a drawn face that speaks, in flat antialiased shapes.
+"""The world of the tiny model: a drawn face that speaks, in flat shapes with soft edges.
 
 Lengths are in units of the shorter side of the picture, with the origin at its middle and y downwards, so that
 every size and frame rate shows the same scene. What the prompt names are three colours; what is left to chance
@@ -45,6 +45,8 @@ _CLOSED, _OPENS, _NARROW, _WIDENS = 0.011, 0.105, 0.09, 0.07
 #: Left, top, right, bottom of where the mouth can be, in units.
 MOUTH_BOX = (-0.25, -0.05, 0.25, 0.29)
 
+#: Width over which one colour turns into the next: soft, so that a picture does not hang on where a pixel's edge lies.
+_SOFT = 0.03
 _BLINK_SECONDS = 0.16
 _LONGEST_SECONDS = 30.0
 
@@ -76,10 +78,10 @@ class Scene:
         blinks = np.cumsum(waits) - 0.5 * float(random.random())
         return cls(
             *(COLOURS[names[part]] for part in PARTS),
-            place=(float(random.uniform(-0.01, 0.01)), float(random.uniform(-0.005, 0.005))),
+            place=(float(random.uniform(-0.006, 0.006)), float(random.uniform(-0.003, 0.003))),
             sway=(
-                (float(random.uniform(0, 0.01)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
-                (float(random.uniform(0, 0.004)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
+                (float(random.uniform(0, 0.006)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
+                (float(random.uniform(0, 0.0025)), float(random.uniform(0.1, 0.35)), float(random.uniform(0, 6.28))),
             ),
             blinks=tuple(float(moment) for moment in blinks if moment < _LONGEST_SECONDS),
         )
@@ -170,7 +172,7 @@ class _Canvas:
 
     def paint(self, colour: Colour, distance: Floats) -> None:
         """Colour what lies inside of a shape, given the signed distance to it in units."""
-        cover = np.clip(0.5 - distance * np.float32(self.scale), 0, 1)
+        cover = np.clip(0.5 - distance / np.float32(max(_SOFT, 1 / self.scale)), 0, 1)
         self.picture[...] += cover[..., None] * (np.asarray(colour, np.float32) - self.picture)
 
 

@@ -108,7 +108,7 @@ class _Source:
         """The weights of a component under their stored keys, in the published dtypes."""
         if self.trained is not None:
             state = self.trained[name]
-            arrays = {key_map.stored(entry): value.detach().float().numpy() for entry, value in state.items()}
+            arrays = {key_map.stored(entry): value.detach().float().cpu().numpy() for entry, value in state.items()}
         else:
             with torch.device("meta"):
                 shapes = {key_map.stored(entry): tuple(value.shape) for entry, value in build().state_dict().items()}

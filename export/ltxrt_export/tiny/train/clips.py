@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ltxrt.shapes import LatentShape, audio_token_count, frame_rate, samples_for_frames
+from ltxrt.image import first_frame
+from ltxrt.shapes import SPATIAL_COMPRESSION, LatentShape, audio_token_count, frame_rate, samples_for_frames
 from ltxrt_export.networks.text_encoder import TextEncoder
 from ltxrt_export.tiny.captions import caption, random_names
 from ltxrt_export.tiny.config import CONTEXT_TOKENS
@@ -21,16 +23,14 @@ from ltxrt_export.tiny.train.fused import fast_norms
 from ltxrt_export.tiny.train.model import TinyModel
 from ltxrt_export.tiny.train.sound_encoder import audio_tokens, log_mel
 from ltxrt_export.tiny.train.text import encode_prompts, token_ids
-from ltxrt_export.tiny.train.vae import pixels_to_unit
-from ltxrt_export.tiny.world import Scene, code_of
+from ltxrt_export.tiny.train.vae import IMAGE_CRF
+from ltxrt_export.tiny.world import Scene, code_of, render
 
-__all__ = ["Clip", "ClipSource", "Kind", "Script", "encode_video"]
+__all__ = ["Clip", "ClipSource", "Kind", "Script", "encode_first"]
 
 
 #: Standard deviation of the noise, at most, that stands for the first stage's errors.
 _STAGE_1_ERROR = 0.3
-#: The same for the encoder's error in the first frame.
-_ENCODER_ERROR = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,11 @@ class Kind:
     def shape(self) -> LatentShape:
         """The latent grid."""
         return LatentShape(self.frames, self.height, self.width)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of its pictures."""
+        return self.height * SPATIAL_COMPRESSION, self.width * SPATIAL_COMPRESSION
 
     @property
     def rate(self) -> Fraction:
@@ -131,22 +136,23 @@ class ClipSource:
         kind = script.kind
         times = frame_times(8 * (kind.frames - 1) + 1, kind.frames_per_second)
         places = kind.height * kind.width
-        code = torch.from_numpy(code_of(script.scene, script.mouth, times)).unsqueeze(1)
+        code = torch.as_tensor(code_of(script.scene, script.mouth, times)).unsqueeze(1)
         error = float(self._random.uniform(0, _STAGE_1_ERROR))
         upsampled = code + error * torch.randn_like(code)
         code, upsampled = (values.expand(-1, places, -1).flatten(0, 1) for values in (code, upsampled))
-        first = code[:places] + _ENCODER_ERROR * torch.randn(places, code.shape[1])
+        picture = render(script.scene, MouthTrack(*(track[:1] for track in script.mouth)), times[:1], *kind.pixels)
+        first = encode_first(self._model.video_vae, first_frame(picture[0], *reversed(kind.pixels), IMAGE_CRF))
         return Clip(code, first, script.audio, script.contexts, upsampled)
 
     def _audio(self, sound: Floats) -> Tensor:
         vae = self._model.audio_vae
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens = audio_tokens(vae, log_mel(torch.from_numpy(sound)[None])).float()
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+            tokens = audio_tokens(vae, log_mel(torch.as_tensor(sound)[None])).float()
         return ((tokens - vae.latents_mean) / vae.latents_std)[0]
 
 
-def encode_video(vae: Any, pictures: np.ndarray) -> Tensor:
-    """Pictures [T, H, W, 3] uint8 to normalised tokens [Nv, 128]."""
-    with torch.autocast("cpu", torch.bfloat16):
-        mean = vae.encoder(pixels_to_unit(pictures[None]))[:, : vae.latents_mean.shape[0]].float()
+def encode_first(vae: Any, picture: NDArray[np.float32]) -> Tensor:
+    """A conditioning picture [1, 3, 1, H, W] to normalised tokens [tokens of a frame, 32]."""
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        mean = vae.encoder(torch.as_tensor(picture))[:, : vae.latents_mean.shape[0]].float()
     return (mean.flatten(2).transpose(1, 2)[0] - vae.latents_mean) / vae.latents_std

@@ -29,12 +29,19 @@ from ltxrt_export.tiny.train.optimiser import Average, Optimiser
 __all__ = ["DenoiserPhase"]
 
 #: Latent sizes with their shares; the first stage runs at half the size of the canvas.
-_STAGE_1: Mapping[tuple[int, int], float] = {(2, 2): 0.48, (3, 3): 0.16, (2, 4): 0.02}
-_STAGE_2: Mapping[tuple[int, int], float] = {(4, 4): 0.18, (6, 6): 0.08, (4, 8): 0.02}
-_RATES: Mapping[float, float] = {12.5: 0.13, 24.0: 0.33, 25.0: 0.14, 30.0: 0.18, 60.0: 0.22}
-_FRAMES, _STAGE_2_FRAMES = 6, 3
-#: Long clips, of the second stage's sizes too few to matter.
-_LONG = {Kind(2, 2, 24.0, 14): 0.07}
+_STAGE_1: Mapping[tuple[int, int], float] = {(2, 2): 0.36, (3, 3): 0.16, (2, 4): 0.04, (4, 2): 0.02, (4, 4): 0.02}
+_STAGE_2: Mapping[tuple[int, int], float] = {(4, 4): 0.17, (6, 6): 0.09, (4, 8): 0.04, (8, 4): 0.02, (8, 8): 0.02}
+_RATES: Mapping[float, float] = {12.5: 0.18, 24.0: 0.32, 25.0: 0.13, 30.0: 0.16, 60.0: 0.21}
+_FRAMES, _STAGE_2_FRAMES = 6, 4
+#: Long clips.
+_LONG = {
+    Kind(2, 2, 24.0, 16): 0.03,
+    Kind(3, 3, 24.0, 16): 0.02,
+    Kind(2, 2, 12.5, 12): 0.01,
+    Kind(2, 2, 60.0, 16): 0.01,
+    Kind(4, 4, 24.0, 14, stage_2=True): 0.02,
+    Kind(6, 6, 24.0, 12, stage_2=True): 0.01,
+}
 #: Video tokens of a batch, about; most samples of a batch.
 _TOKENS, _MOST = 480, 22
 _MUON_RATE, _ADAM_RATE = 0.012, 2e-3
@@ -174,7 +181,7 @@ class DenoiserPhase:
         strengths = random.choice([1.0, 0.7, -1.0], size=count, p=[0.5, 0.2, 0.3])
         strengths = np.where(strengths < 0, random.random(count), strengths)
         given = random.random(count) < 0.45
-        return torch.from_numpy(np.where(given, 1 - strengths, 1.0).astype(np.float32))
+        return torch.as_tensor(np.where(given, 1 - strengths, 1.0).astype(np.float32))
 
 
 def _kinds() -> dict[Kind, float]:

@@ -108,7 +108,7 @@ def rope_grid(transformer: Any) -> RopeGrid:
 def position_tables(grid: RopeGrid, shape: LatentShape, rate: Fraction, audio_tokens: int) -> list[Tensor]:
     """The runtime's own tables, in the order of ``AXES``."""
     tables = rope_tables(grid, shape, rate, audio_tokens)
-    return [torch.from_numpy(tables[name]) for name in AXES]
+    return [torch.as_tensor(tables[name]) for name in AXES]
 
 
 def sample_levels(random: np.random.Generator, count: int, *, stage_2: bool) -> Tensor:
@@ -119,7 +119,7 @@ def sample_levels(random: np.random.Generator, count: int, *, stage_2: bool) -> 
     if not stage_2:
         anywhere = random.random(count) > sum(_SHARES)
         drawn = np.where(anywhere, random.uniform(0.05, 1.0, count), drawn)
-    return torch.from_numpy(drawn.astype(np.float32))
+    return torch.as_tensor(drawn.astype(np.float32))
 
 
 def stage_2_mix(clean: Tensor, upsampled: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -49,6 +49,10 @@ def _norm_silu(rows: Tensor, eps: float) -> Tensor:
 @cache
 def _fused() -> Any:
     """Compiled at the first call: importing the compiler takes seconds and warns."""
+    import torch._dynamo
+
+    # The strides of what a matrix is a view of are told apart; past the limit it would fall back to single operations.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(_norm_silu, dynamic=True)
 
 
@@ -60,7 +64,7 @@ class _NormSilu(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.movedim(1, -1)
+        rows = x.movedim(1, -1).contiguous()
         # As a matrix, of which only the number of rows varies: other shapes would be compiled one by one.
         result: Tensor = _fused()(rows.reshape(-1, x.shape[1]), self.eps)
         return result.view(rows.shape).movedim(-1, 1)

@@ -45,11 +45,16 @@ class Optimiser:
         """One update from the gradients that are there, which are cleared; ``progress`` runs from 0 to 1.
 
         Returns:
-            The gradients' norm before clipping.
+            The gradients' norm before clipping; where it is not finite, nothing was changed.
         """
         _average_gradients(self._all)
         scale = min(1.0, progress / 0.02 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
         norm = nn.utils.clip_grad_norm_(self._all, clip)
+        if not norm.isfinite():
+            # A bf16 convolution's gradient overflowed, once in some thousand steps: better to lose one than all.
+            for parameter in self._all:
+                parameter.grad = None
+            return float(norm)
         for group in self._adam.param_groups:
             group["lr"] = self._rates[1] * scale
         self._adam.step()

@@ -14,7 +14,7 @@ from ltxrt_export.tiny.train.model import TinyModel
 
 __all__ = ["Phase", "Progress", "run_phase"]
 
-_SAVE_SECONDS, _REPORT_SECONDS, _EVALUATE_SECONDS = 60.0, 15.0, 60.0
+_SAVE_SECONDS, _REPORT_SECONDS, _EVALUATE_SECONDS = 60.0, 15.0, 120.0
 _LONGEST_STEP_SECONDS = 10.0
 
 
@@ -72,7 +72,9 @@ def run_phase(model: TinyModel, build: Callable[[], Phase], minutes: float, path
         minutes: Wall time of its steps.
         path: The phase's checkpoint.
     """
-    saved: dict[str, Any] | None = torch.load(path, weights_only=True) if path.exists() else None
+    saved: dict[str, Any] | None = (
+        torch.load(path, weights_only=True, map_location=torch.get_default_device()) if path.exists() else None
+    )
     if saved is not None:
         model.restore(saved["model"])
         if saved["done"]:

@@ -62,7 +62,7 @@ class Sampler:
         """Normalised latents [B, 32, f, h, w] for sounds [B, samples] at 16 kHz."""
         kind, vae = self._kind, self._model.audio_vae
         contexts = encode_prompts(self._text, prompts)
-        tokens = torch.cat([audio_tokens(vae, log_mel(torch.from_numpy(sound)[None])) for sound in sounds])
+        tokens = torch.cat([audio_tokens(vae, log_mel(torch.as_tensor(sound)[None])) for sound in sounds])
         audio = ((tokens - vae.latents_mean) / vae.latents_std)[:, : kind.audio_tokens]
         half = LatentShape(kind.frames, kind.height // 2, kind.width // 2)
         latent = torch.zeros(len(sounds), half.tokens, 32)
@@ -84,7 +84,7 @@ class Sampler:
         mean, std = (value.view(1, -1, 1, 1, 1) for value in (vae.latents_mean, vae.latents_std))
         decoded = torch.cat([vae.decoder(one[None] * std + mean) for one in latent])
         unit = (decoded * 0.5 + 0.5).clamp(0, 1) * 255
-        return unit.round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+        return unit.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def _stage(
         self, start: Tensor, shape: LatentShape, sigmas: Sequence[float], given: Conditions, clean: Tensor | None

@@ -6,6 +6,7 @@ the mouth at those frames and the few before.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,12 @@ _BACK = 8
 
 def log_mel(waveforms: Tensor) -> Tensor:
     """Mono [B, samples] to the two equal channels that the encoder takes, [B, 2, frames, 64]."""
-    settings = MelSettings.of_checkpoint(checkpoint_config())
-    return LogMel(settings)(waveforms.unsqueeze(0))[0].unsqueeze(1).expand(-1, 2, -1, -1)
+    return _spectrogram()(waveforms.unsqueeze(0))[0].unsqueeze(1).expand(-1, 2, -1, -1)
+
+
+@cache
+def _spectrogram() -> LogMel:
+    return LogMel(MelSettings.of_checkpoint(checkpoint_config())).to(torch.get_default_device())
 
 
 def audio_tokens(vae: Any, mel: Tensor) -> Tensor:
@@ -110,14 +115,14 @@ class AudioPhase:
 
     def _errors(self, sounds: Sequence[Floats]) -> tuple[Tensor, Tensor, Tensor]:
         """Mean square error of the mouth and of the spectrum, and the tokens."""
-        mel = log_mel(torch.from_numpy(np.stack(sounds)))
-        with torch.autocast("cpu", torch.bfloat16):
+        mel = log_mel(torch.as_tensor(np.stack(sounds)))
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             tokens = audio_tokens(self._vae, mel.contiguous(memory_format=torch.channels_last)).float()
         count = tokens.shape[1]
         frames = 4 * np.arange(count)[:, None] - np.arange(_BACK)
         times = np.maximum(frames, 0).astype(np.float32) * (160 / SAMPLE_RATE)
         mouths = [np.concatenate(mouth_track(sound, times.ravel())).reshape(2, count, _BACK) for sound in sounds]
-        wanted = torch.from_numpy(np.stack(mouths)).permute(0, 2, 1, 3).flatten(2)
+        wanted = torch.as_tensor(np.stack(mouths)).permute(0, 2, 1, 3).flatten(2)
         read = self._head(tokens + 0.1 * torch.randn_like(tokens))
         wanted_mel = torch.stack([mel[:, 0, max(0, 4 * k - 3) : 4 * k + 1].mean(dim=1) for k in range(count)], dim=1)
         return (

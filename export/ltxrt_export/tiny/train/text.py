@@ -109,7 +109,7 @@ class TextPhase:
         drawn = [caption(self._random, random_names(self._random)) for _ in range(_BATCH)]
         batch = token_ids(self._tokenizer, [text for text, _ in drawn])
         wanted = _classes([names for _, names in drawn])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             contexts = encode_prompts(self._encoder, batch)
         losses = [
             F.cross_entropy(head(context.float()).flatten(0, 1), wanted.flatten())

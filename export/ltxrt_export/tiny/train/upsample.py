@@ -93,6 +93,6 @@ class UpsamplerPhase:
         """The code of one clip at half and at full size, each [32, f, h, w]."""
         mouth, times = self._mouths[int(self._random.integers(len(self._mouths)))]
         shift = np.float32(self._random.uniform(0, 10))
-        code = torch.from_numpy(code_of(random_scene(self._random), mouth, times + shift)).T[:, :, None, None]
+        code = torch.as_tensor(code_of(random_scene(self._random), mouth, times + shift)).T[:, :, None, None]
         half, full = (code.expand(-1, -1, size[0] * factor, size[1] * factor) for factor in (1, 2))
         return half, full
