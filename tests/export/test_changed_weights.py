@@ -3,6 +3,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,18 +15,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ltxrt.bundle import Bundle, file_sha256
 from ltxrt.errors import ExportError, OutputError
 from ltxrt_export import changed_weights, disk
 from ltxrt_export.changed_weights import Change, ChangedWeights
 from ltxrt_export.checkpoint import Checkpoint
 from ltxrt_export.denoiser_graph import export_denoiser
-from ltxrt_export.exporter import Sources, network_specs
+from ltxrt_export.exporter import Sources, export_bundle, network_specs
 from ltxrt_export.lora import LoraFile
 from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.parity import limit_of, open_runner, relative_error, tensor_specs
+from ltxrt_export.quantize.calibrate import CalibrationOptions
+from ltxrt_export.quantize.clips import CLIPS
 from ltxrt_export.quantize.precision import PrecisionSettings, apply_precision
 from ltxrt_export.references import REFERENCES
+from ltxrt_export.tiny_bundle import TINY_OPTIONS
+from ltxrt_export.verify import VerifyOptions, verify_bundle
 from ltxrt_export.weight_check import weight_rows
 from ltxrt_export.weights import TensorFile
 
@@ -157,6 +163,7 @@ def test_memory_does_not_grow_with_a_weight(tmp_path: Path, monkeypatch: pytest.
     assert weights.path.read_bytes()[len(weights.header) :] == values.tobytes()
 
 
+@pytest.mark.slow
 def test_the_fp8_network_holds_the_published_codes(
     scaled: Sources, widened: tuple[Sources, ChangedWeights], spec: NetworkSpec, tmp_path: Path
 ) -> None:
@@ -167,11 +174,12 @@ def test_the_fp8_network_holds_the_published_codes(
     eight_bit = {key: weights.changes[key].source for key in weights.stored_scales}
     refs = {ref.key: ref for ref in spec.weights.values()} | eight_bit
     settings = PrecisionSettings(
-        folder=tmp_path, location=lambda path: path.name, surroundings="fp32", stored_scales=weights.stored_scales
+        folder=tmp_path,
+        location=lambda path: path.name,
+        surroundings="fp32",
+        together=frozenset({"fp8-mixed"}),
+        stored_scales=weights.stored_scales,
     )
-    # The blocks at the ends are the recipe's own to quantise, for which nothing is calibrated.
-    with pytest.raises(ExportError, match="give a calibration"):
-        apply_precision(model, "denoiser", "fp8", refs, settings)
     variant = apply_precision(model, "denoiser", "fp8-mixed", refs, settings)
     for file in {scaled.checkpoint.path, weights.path}:
         (tmp_path / file.name).hardlink_to(file)
@@ -207,3 +215,42 @@ def test_a_lora_takes_a_layer_out_of_fp8(scaled: Sources, tmp_path: Path) -> Non
     exact = stored[f"{QUERY}.weight"].float() * stored[f"{QUERY}.weight_scale"] + 0.5 * up @ down
     found = load_file(weights.path)[f"{QUERY}.weight"]
     assert torch.allclose(found.float(), exact, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_bundle_of_an_fp8_checkpoint_with_a_lora(scaled: Sources, tmp_path: Path) -> None:
+    """Every precision of the presets, and all of it is what the torch class makes of the changed weights."""
+    layer = QUERY.removeprefix("model.")
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"{layer}.lora_A.weight": torch.randn(2, 128, generator=generator),
+        f"{layer}.lora_B.weight": torch.randn(128, 2, generator=generator) * 0.05,
+    }
+    save_file(lora, tmp_path / "style.safetensors")
+    given = LoraFile(tmp_path / "style.safetensors", 0.5)
+    sources = Sources.open(scaled.checkpoint.path, scaled.text_encoder.path, scaled.upsampler.path, [given])
+    options = replace(
+        TINY_OPTIONS,
+        check=False,
+        precisions="presets",
+        calibrating=CalibrationOptions(width=128, height=128, frames=9, clips=CLIPS[:2]),
+    )
+    steps = list(export_bundle(sources, tmp_path / "bundle", options))
+    assert any("102 weights are changed" in step.note for step in steps)
+    bundle = Bundle.open(tmp_path / "bundle", verify=True)
+    (entry,) = bundle.manifest.model.loras
+    assert (entry.name, entry.scale, entry.sha256) == ("style", 0.5, file_sha256(given.path))
+    assert bundle.manifest.model.checkpoint_sha256 == file_sha256(scaled.checkpoint.path)
+    changed, weights = sources.with_changes(tmp_path)
+    assert weights is not None
+    list(weights.write())
+    reports = [
+        step.report
+        for step in verify_bundle(bundle, changed, VerifyOptions(networks=["denoiser"], seed=1))
+        if step.report is not None
+    ]
+    assert {report.precision for report in reports} == {"fp8", "fp8-mixed", "fp16"}
+    assert all(report.passed for report in reports)
+    # Published codes are taken as they are: only the fused layer and the recipe's own blocks are rounded to E4M3 here.
+    eight_bit = {row.sizes["tensors"] for report in reports for row in report.rows if row.output == "fp8 weights"}
+    assert eight_bit == {101 + 1, 101 + 1 + 50}
