@@ -66,14 +66,15 @@ class Limit:
     reason: str
 
 
-#: Measured is the worst of all networks of the tiny model with random weights, at all sizes of ``verify``; limits leave
-#: room for other weights and more depth, and none would let a network pass that computes something else.
+#: Measured is the worst of all networks of the tiny model, untrained and trained, at all sizes of ``verify``, for FP8 of
+#: 16 seeds; limits leave room for other weights and more depth. FP8's cannot tell every wrong weight from rounding:
+#: ``weight_check`` does.
 LIMITS = (
     Limit(
         precision="fp32",
         relative=1e-4,
         levels=0.01,
-        reason="the same sums in another order: measured 2.5e-6 and 4e-5 levels, 8e-6 at 48 blocks",
+        reason="the same sums in another order: measured 5e-6 and 7e-5 levels, 8e-6 at 48 blocks",
     ),
     Limit(
         precision="fp16",
@@ -89,22 +90,22 @@ LIMITS = (
     ),
     Limit(
         precision="fp8",
-        relative=1e-1,
+        relative=2.5e-1,
         levels=4.0,
-        reason="4 bits in weights and inputs of every block: measured 8.8e-3, on inputs unlike the calibrated ones",
+        reason="4 bits in weights and inputs of every block: measured 9.0e-2, on inputs unlike the calibrated ones",
     ),
     Limit(
         precision="fp8",
         network="text_encoder",
         relative=3e-1,
         levels=4.0,
-        reason="measured 1.1e-1 on 256 random tokens and 2.6e-2 on 23: a last norm scales states and errors up alike",
+        reason="measured 1.1e-1 on a full context of random tokens: a last norm scales states and errors up alike",
     ),
     Limit(
         precision="fp8-mixed",
-        relative=7e-2,
+        relative=2.5e-1,
         levels=4.0,
-        reason="fp8 with 16-bit blocks at both ends: measured 6.5e-3",
+        reason="as fp8, measured 8.9e-2: 16-bit blocks at both ends help real inputs and not random ones",
     ),
 )
 
