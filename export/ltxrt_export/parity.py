@@ -66,9 +66,9 @@ class Limit:
     reason: str
 
 
-#: Measured is the worst of all networks of the tiny model, untrained and trained, at all sizes of ``verify``, for FP8 of
-#: 16 seeds; limits leave room for other weights and more depth. FP8's cannot tell every wrong weight from rounding:
-#: ``weight_check`` does.
+#: Measured is the worst of all networks of the tiny model, untrained and trained, at all sizes of ``verify``; for FP8
+#: the worst of 16 seeds. Limits leave room for other weights and more depth. FP8's cannot tell every wrong weight from
+#: rounding: ``weight_check`` does.
 LIMITS = (
     Limit(
         precision="fp32",

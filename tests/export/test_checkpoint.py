@@ -17,6 +17,7 @@ from torch import Tensor
 from ltxrt.errors import ExportError
 from ltxrt_export import architecture
 from ltxrt_export.checkpoint import Checkpoint, Component, Gemma, Upsampler
+from ltxrt_export.tiny.config import CONTEXT_TOKENS
 from ltxrt_export.tiny.write import TinyPaths, write_tiny
 
 NAMES = ("transformer", "connectors", "video_vae", "audio_vae")
@@ -76,7 +77,7 @@ def test_opens(tiny: TinyPaths) -> None:
     )
     assert checkpoint.config["transformer"]["num_layers"] == 5
     gemma = Gemma.open(tiny.text_encoder)
-    assert (gemma.context_length, gemma.tokenizer_path.is_file()) == (256, True)
+    assert (gemma.context_length, gemma.tokenizer_path.is_file()) == (CONTEXT_TOKENS, True)
     checkpoint.check_text_encoder(gemma)
 
 

@@ -58,7 +58,7 @@ def test_right_weights_pass(shipped_sources: Sources, shipped_specs: Specs, tmp_
             "latent_next",
             "{'f': 2, 'h': 1, 'w': 1, 'Na': 1}",
             "ltx-2.3-tiny",
-            "model.diffusion_model.transformer_blocks.3.audio_to_video_attn.to_out.0.weight",
+            "model.diffusion_model.transformer_blocks.3.attn1.to_out.0.weight",
         ),
         ("text_encoder", "audio_context", "{'n': 1}", "model", "language_model.model.layers.4.mlp.up_proj.weight"),
     ],
