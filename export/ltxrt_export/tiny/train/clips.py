@@ -141,7 +141,8 @@ class ClipSource:
         upsampled = code + error * torch.randn_like(code)
         code, upsampled = (values.expand(-1, places, -1).flatten(0, 1) for values in (code, upsampled))
         picture = render(script.scene, MouthTrack(*(track[:1] for track in script.mouth)), times[:1], *kind.pixels)
-        first = encode_first(self._model.video_vae, first_frame(picture[0], *reversed(kind.pixels), IMAGE_CRF))
+        height, width = kind.pixels
+        first = encode_first(self._model.video_vae, first_frame(picture[0], width, height, IMAGE_CRF))
         return Clip(code, first, script.audio, script.contexts, upsampled)
 
     def _audio(self, sound: Floats) -> Tensor:
