@@ -27,6 +27,7 @@ from .parity import ParityRow, limit_of, open_runner, parity_row, tensor_specs
 from .quantize.calibrate import CalibrationOptions, run_clip
 from .quantize.calibration import Calibration
 from .quantize.clips import CLIPS
+from .quantize.half import LAYOUT
 from .quantize.precision import PrecisionSettings, apply_precision, fp8_bytes, needed, variants
 from .quantize.recording import ObservedEngine
 
@@ -54,7 +55,7 @@ class VariantStep:
 
     Attributes:
         row: The worst output of the latest one, if it was run.
-        notes: A line for each of its tensors that leave the range of FP16.
+        notes: A line for each tensor of it that leaves the range of FP16.
     """
 
     done: int
@@ -168,6 +169,7 @@ class PresetNetworks:
             f"{name} {precision}: {excess.tensor} reaches {excess.amax:g}, too much for FP16, and is"
             f" {settings.wide.upper()} ({excess.operator} near {excess.weight})"
             for excess in variant.excesses
+            if excess.operator not in LAYOUT  # which only hand on what others made
         )
         return self._writer.add_network(spec, variant.model, precision), notes
 
