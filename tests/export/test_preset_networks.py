@@ -30,7 +30,6 @@ from ltxrt_export.quantize.calibrate import CalibrationOptions
 from ltxrt_export.quantize.calibration import Calibration, NetworkRanges
 from ltxrt_export.quantize.clips import CLIPS
 from ltxrt_export.quantize.precision import needed, variants
-from ltxrt_export.quantize.ranges import FP16_MAX, MARGIN
 from ltxrt_export.tiny_bundle import TINY_OPTIONS
 
 #: One small clip instead of eight: what is asked here is not how good the ranges are.
