@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from ..media import bundled_speech
 from ..pipeline import Pipeline
@@ -73,8 +73,11 @@ def main(argument: str) -> None:
     threading.Thread(target=_listen, args=(wake,), daemon=True).start()
 
     def tell(word: str) -> None:
-        channel.write(f"{word}\n")
-        channel.flush()
+        try:
+            channel.write(f"{word}\n")
+            channel.flush()
+        except BrokenPipeError:
+            _end_with_server()  # seen here before stdin's end: not a failure of the job
 
     module, _, function = options.factory.partition(":")
     opener: Callable[[WorkerOptions], Pipeline] = getattr(import_module(module), function)
@@ -127,6 +130,10 @@ def _own_stdout() -> TextIO:
 def _listen(wake: threading.Event) -> None:
     for _ in sys.stdin:
         wake.set()
+    _end_with_server()
+
+
+def _end_with_server() -> NoReturn:
     # No clean-up: the store's file and the job's folder are as safe against this as against a crash.
     os._exit(0)
 
