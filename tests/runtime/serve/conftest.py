@@ -65,9 +65,10 @@ class Running:
 
 
 @contextmanager
-def serving(folder, **settings):
-    """Start a server on scripted pipelines; it is stopped with SIGTERM and must end with 0."""
+def serving(folder, *, prelude="", **settings):
+    """Start a server on scripted pipelines, after some Python of the test's; it is stopped with SIGTERM and must end with 0."""
     script = (
+        f"{prelude}\n"
         "import json, sys; from ltxrt.serve.command import serve; from ltxrt.serve.settings import Settings;"
         "serve(Settings(**json.loads(sys.argv[1])), factory='fake_worlds:scripted')"
     )
@@ -110,6 +111,12 @@ def server(tmp_path_factory):
     """A server that the tests share."""
     with serving(tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def serve_in():
+    """``serve_in(folder, **settings)``: a context manager that runs a server on any folder."""
+    return serving
 
 
 @pytest.fixture
