@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from .job import Job, JobEvent, NewJob
 
-__all__ = ["DuplicateKeyError", "JobStore", "QueueFullError"]
+__all__ = ["DuplicateKeyError", "JobStore", "QueueFullError", "StoreUnavailableError"]
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -66,8 +66,12 @@ class DuplicateKeyError(Exception):
         self.job = job
 
 
+class StoreUnavailableError(Exception):
+    """A store on another machine does not answer."""
+
+
 class JobStore:
-    """Jobs and their events. Safe to share between threads, and between processes that open the same file.
+    """Jobs and their events; a ``Store``. Safe to share between threads, and between processes that open the same file.
 
     Args:
         path: The database file; made where it is missing.
@@ -149,6 +153,10 @@ class JobStore:
         """How many jobs are in those states."""
         marks = ", ".join("?" * len(states))
         return int(self._value(f"SELECT count(*) FROM jobs WHERE state IN ({marks})", states))
+
+    def busy(self) -> int:
+        """How many jobs run on this server's workers: every one that runs."""
+        return self.count("processing")
 
     def position(self, job_id: str) -> int:
         """How many jobs a worker will take before this one."""

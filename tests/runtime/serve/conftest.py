@@ -4,12 +4,14 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import wave
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,55 @@ def scripted(monkeypatch):
     """Let worker processes import ``fake_worlds``; the factory's name."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     return "fake_worlds:scripted"
+
+
+@contextmanager
+def running_redis():
+    """A Redis of the tests' own: its address. It listens on no network and writes nothing."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    import redis
+
+    # Not in pytest's folder: a socket's path may hold no more than 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ltxrt-redis-") as folder:
+        socket = Path(folder) / "socket"
+        quiet = ["--save", "", "--appendonly", "no", "--daemonize", "no", "--loglevel", "warning", "--dir", folder]
+        command = [program, "--port", "0", "--unixsocket", str(socket), *quiet]
+        with (
+            subprocess.Popen(command, stdout=subprocess.DEVNULL) as process,
+            redis.Redis(unix_socket_path=str(socket)) as client,
+        ):
+            try:
+                end = time.monotonic() + 30
+                while True:
+                    assert process.poll() is None
+                    assert time.monotonic() < end
+                    with suppress(redis.ConnectionError):
+                        if client.ping():
+                            break
+                    time.sleep(0.02)
+                yield f"unix://{socket}"
+            finally:
+                process.kill()
+                process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def shared_redis():
+    """A Redis for the session; take ``redis_url``."""
+    with running_redis() as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(shared_redis):
+    """The address of an empty Redis."""
+    import redis
+
+    with redis.Redis.from_url(shared_redis) as client:
+        client.flushall()
+    return shared_redis
 
 
 @dataclass
