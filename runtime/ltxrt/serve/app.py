@@ -27,6 +27,7 @@ from .routes_files import router as file_routes
 from .routes_hub import router as hub_routes
 from .routes_openai import router as openai_routes
 from .routes_operations import router as operations_routes
+from .routes_page import router as page_routes
 from .sandbox import Sandbox, SandboxLimits
 from .service import Service, service_of
 from .settings import Settings
@@ -74,7 +75,7 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
                 await sandbox.close()
 
     app = FastAPI(title="ltxrt", summary="Audio to video", lifespan=life, docs_url=None, redoc_url=None)
-    for router in (hub_routes, openai_routes, fal_routes, file_routes, operations_routes):
+    for router in (hub_routes, openai_routes, fal_routes, file_routes, operations_routes, page_routes):
         app.include_router(router)
     for kind in (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, HTTPException):
         app.add_exception_handler(kind, _refused)
