@@ -15,19 +15,25 @@ from ..readback import check_clip, require
 from ..request import Request
 from ..result import STAGES, Fragment, Progress, Result
 from .job import Job
-from .store import JobStore
+from .store_protocol import Store
 
-__all__ = ["CLIP_NAME", "LIVE_NAME", "ClipJob", "public_error"]
+__all__ = ["CLIP_NAME", "ClipJob", "live_name", "public_error"]
 
-#: The stream as it grows; gone when the job is over.
-LIVE_NAME = "live.mp4"
 #: The finished clip.
 CLIP_NAME = "clip.mp4"
-_CHECKED_NAME = "checked.mp4"
 
 # Usual share of each stage in the whole, for the one number that a progress bar shows.
 _SHARES: dict[str, float] = dict(zip(STAGES, (0.02, 0.06, 0.27, 0.02, 0.43, 0.20), strict=True))
 _EARLY = 0.05  # below this much progress, time left is a guess that nobody should see
+
+
+def live_name(attempt: int) -> str:
+    """The stream as it grows; gone when the job is over. Every attempt has its own.
+
+    A worker that has been given up for dead may not be: what it still writes, and removes when it finds out, must not
+    be the file of the worker that makes the clip again.
+    """
+    return f"live-{attempt}.mp4"
 
 
 class _StopJobError(Exception):
@@ -49,14 +55,16 @@ class ClipJob:
         store: Where its states go.
         tell: Called after every change that others may wait for.
         timeout_seconds: Longest run.
+        live_stays: Leave the stream's file to the front ends, one of which may be reading it on another machine.
     """
 
     job: Job
     folder: Path
     worker: str
-    store: JobStore
+    store: Store
     tell: Callable[[], None]
     timeout_seconds: float
+    live_stays: bool = False
     _started: float = field(default_factory=time.monotonic)
 
     def run(self, pipeline: Pipeline) -> bool:
@@ -84,8 +92,16 @@ class ClipJob:
             self._end("succeeded", {"result": result})
         return True
 
+    @property
+    def _live(self) -> Path:
+        return self.folder / live_name(self.job.attempts)
+
+    @property
+    def _checked(self) -> Path:
+        return self.folder / f"checked-{self.job.attempts}.mp4"
+
     def _make(self, pipeline: Pipeline) -> dict[str, Any]:
-        live = self.folder / LIVE_NAME
+        live = self._live
         result: Result | None = None
         with closing(pipeline.events(Request(**self.job.request))) as events, live.open("wb") as file:
             for event in events:
@@ -98,10 +114,9 @@ class ClipJob:
                     result = event
                 self.tell()
         assert result is not None  # events end with it
-        checked = self.folder / _CHECKED_NAME
-        faststart(live, checked)
-        require(check_clip(checked, result.expectation))
-        checked.replace(self.folder / CLIP_NAME)
+        faststart(live, self._checked)
+        require(check_clip(self._checked, result.expectation))
+        self._checked.replace(self.folder / CLIP_NAME)
         return {**result.as_json(), "bytes": (self.folder / CLIP_NAME).stat().st_size}
 
     def _advance(self, event: Progress) -> None:
@@ -122,12 +137,12 @@ class ClipJob:
             raise _StopJobError("cancelled")
 
     def _end(self, state: str, outcome: dict[str, Any]) -> None:
-        if state != "succeeded":
-            (self.folder / CLIP_NAME).unlink(missing_ok=True)
-        (self.folder / _CHECKED_NAME).unlink(missing_ok=True)
+        self._checked.unlink(missing_ok=True)
         # First the state, then the file: whoever reads the stream ends when the job is over and nothing more comes.
-        self.store.finish(self.job.id, self.worker, state, outcome)
-        (self.folder / LIVE_NAME).unlink(missing_ok=True)
+        if self.store.finish(self.job.id, self.worker, state, outcome) and state != "succeeded":
+            (self.folder / CLIP_NAME).unlink(missing_ok=True)
+        if not self.live_stays:
+            self._live.unlink(missing_ok=True)
         self.tell()
 
 

@@ -11,16 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from secrets import token_hex
+from typing import Protocol
 
-from .store import JobStore
-from .worker import WorkerOptions
+from .store import StoreUnavailableError
+from .store_protocol import Store
+from .worker import REDIS_VARIABLE, WorkerOptions
 
-__all__ = ["Slot", "WorkerPool"]
+__all__ = ["Pool", "Slot", "WorkerPool"]
 
 _LOG = logging.getLogger("ltxrt.serve")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 30.0
 _TIMEOUT_GRACE_SECONDS = 60.0
 _WATCH_SECONDS = 5.0
+_STORE_PAUSE_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -46,6 +49,34 @@ class Slot:
     busy_since: float = 0.0
 
 
+class Pool(Protocol):
+    """The workers, wherever they are."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a job would be begun at once."""
+        ...
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the living workers on this machine."""
+        ...
+
+    def start(self) -> None:
+        """Start the workers, in the running event loop."""
+        ...
+
+    async def stop(self) -> None:
+        """Let go of the workers."""
+        ...
+
+    def wake(self) -> None:
+        """There is a new job."""
+        ...
+
+
 class WorkerPool:
     """Keeps a worker process alive in every slot.
 
@@ -57,7 +88,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, options: WorkerOptions, slots: tuple[Slot, ...], store: JobStore, changed: Callable[[str], None]
+        self, options: WorkerOptions, slots: tuple[Slot, ...], store: Store, changed: Callable[[str], None]
     ) -> None:
         self._options, self.slots, self._store, self._changed = options, slots, store, changed
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,22 +129,34 @@ class WorkerPool:
     async def _keep(self, slot: Slot) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            name = f"{slot.number}-{token_hex(4)}"
+            name = f"{self._options.server}/{slot.number}-{token_hex(4)}"
             await self._start(slot, name)
             assert slot.process is not None
             was_ready = await self._follow(slot, slot.process)
             code = await slot.process.wait()
             slot.ready = False
             _LOG.warning("worker ended", extra={"event": "worker_ended", "slot": slot.number, "code": code})
-            for job_id in self._store.bury(name, "worker_died", "the worker process died while it made this clip"):
-                self._changed(job_id)
+            await self._bury(name)
             pause = _FIRST_PAUSE_SECONDS if was_ready else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
+    async def _bury(self, name: str) -> None:
+        while True:
+            try:
+                for job_id in self._store.bury(name, "worker_died", "the worker process died while it made this clip"):
+                    self._changed(job_id)
+            except StoreUnavailableError:
+                await asyncio.sleep(_STORE_PAUSE_SECONDS)
+            else:
+                return
+
     async def _start(self, slot: Slot, name: str) -> None:
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        environment.pop(REDIS_VARIABLE, None)
         if slot.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.device
+        if self._options.redis is not None:
+            environment[REDIS_VARIABLE] = self._options.redis
         argument = replace(self._options, name=name).as_argument()
         slot.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ltxrt.serve.worker", argument, stdin=PIPE, stdout=PIPE, env=environment
@@ -144,9 +187,15 @@ class WorkerPool:
             await asyncio.sleep(_WATCH_SECONDS)
             limit = self._options.timeout_seconds + _TIMEOUT_GRACE_SECONDS
             for slot in self.slots:
-                job = None if slot.job_id is None else self._store.get(slot.job_id)
-                hangs = job is not None and job.state == "processing" and time.monotonic() - slot.busy_since > limit
-                if hangs and slot.process is not None:
+                if self._hangs(slot, limit) and slot.process is not None:
                     _LOG.error("worker hangs", extra={"event": "worker_hangs", "slot": slot.number})
                     with suppress(ProcessLookupError):
                         slot.process.kill()
+
+    def _hangs(self, slot: Slot, limit_seconds: float) -> bool:
+        if slot.job_id is None or time.monotonic() - slot.busy_since <= limit_seconds:
+            return False
+        with suppress(StoreUnavailableError):
+            job = self._store.get(slot.job_id)
+            return job is not None and job.state == "processing"
+        return False

@@ -3,13 +3,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import suppress
+from contextlib import closing, suppress
+from hashlib import sha256
 from typing import BinaryIO, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from .job import Job
+from .jobs import JobLayer
 from .problems import ProblemError
 from .service import Service, service_of
 from .views import failure
@@ -17,6 +19,7 @@ from .views import failure
 __all__ = ["finished", "live_response", "wants_stream"]
 
 T = TypeVar("T")
+_PIECE_BYTES = 1 << 18
 
 
 def wants_stream(request: Request) -> bool:
@@ -99,30 +102,89 @@ async def _cancelling(
 
 
 async def _pieces(service: Service, job: Job) -> AsyncGenerator[bytes]:
-    """The bytes of a clip as its file grows; ends with the clip, raises where there will be none.
+    """The bytes of a clip as its file grows; ends with the clip, raises where there will be none."""
+    with closing(_Growing(service.jobs)) as clip, service.jobs.board.watch(job.id) as watch:
+        while True:
+            # The state first, then the file: after the end of a job its file grows no more.
+            now = service.jobs.store.get(job.id)
+            if now is not None:
+                clip.follow(now)
+            while piece := clip.read():
+                yield piece
+            if now is None:
+                raise ProblemError("resource_not_found", "the job is no more")
+            if now.done and now.state != "succeeded":
+                raise failure(now)
+            if now.done and clip.sent:
+                clip.require_attempt(now.attempts)
+                return
+            await watch.wait()
 
-    The file may be unlinked while it is read here: what it holds stays readable until it is closed.
+
+class _Growing:
+    """The file of a clip that grows; when its worker is lost, that of the next attempt, from where the other stopped.
+
+    The same seed gives the same bytes on the same kind of machine. Where it does not, the stream cannot go on.
+    A file may be unlinked while it is read here: what it holds stays readable until it is closed.
     """
-    file: BinaryIO | None = None
-    sent = False
-    try:
-        with service.jobs.board.watch(job.id) as watch:
-            while True:
-                # The state first, then the file: after the end of a job its file grows no more.
-                now = service.jobs.store.get(job.id)
-                if file is None:
-                    with suppress(FileNotFoundError):
-                        file = service.jobs.live(job.id).open("rb")
-                if file is None and now is not None and (clip := service.jobs.clip(now)) is not None:
-                    file = clip.open("rb")
-                while file is not None and (piece := file.read(1 << 18)):
-                    sent = True
-                    yield piece
-                if now is None or (now.done and now.state != "succeeded"):
-                    raise ProblemError("resource_not_found", "the job is no more") if now is None else failure(now)
-                if now.done and sent:
-                    return
-                await watch.wait()
-    finally:
-        if file is not None:
-            file.close()
+
+    def __init__(self, jobs: JobLayer) -> None:
+        self._jobs = jobs
+        self._file: BinaryIO | None = None
+        self._attempt = 0
+        self._digest = sha256()  # of what was sent
+        self._again, self._skip = sha256(), 0  # of what another attempt has of it, and how much is to come
+        self.sent = 0
+
+    def follow(self, job: Job) -> None:
+        """Open the file of the job's attempt, as soon as there is one."""
+        if self._file is not None and self._attempt == job.attempts:
+            return
+        with suppress(FileNotFoundError):
+            self._take(self._jobs.live(job).open("rb"), job.attempts)
+        if self._file is None and (clip := self._jobs.clip(job)) is not None:
+            self._take(clip.open("rb"), job.attempts)
+
+    def _take(self, file: BinaryIO, attempt: int) -> None:
+        self.close()
+        self._file, self._attempt = file, attempt
+        self._again, self._skip = sha256(), self.sent
+
+    def read(self) -> bytes:
+        """What is new; nothing where nothing is.
+
+        Raises:
+            ProblemError: Another attempt did not begin as the one before it.
+        """
+        if self._file is None:
+            return b""
+        while self._skip:
+            piece = self._file.read(min(_PIECE_BYTES, self._skip))
+            if not piece:
+                return b""
+            self._again.update(piece)
+            self._skip -= len(piece)
+            if not self._skip and self._again.digest() != self._digest.digest():
+                raise _other_clip()
+        piece = self._file.read(_PIECE_BYTES)
+        self._digest.update(piece)
+        self.sent += len(piece)
+        return piece
+
+    def require_attempt(self, number: int) -> None:
+        """Whether what was sent is the clip that was finished.
+
+        Raises:
+            ProblemError: It is not: another attempt was, whose file has gone.
+        """
+        if self._attempt != number or self._skip:
+            raise _other_clip()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _other_clip() -> ProblemError:
+    return ProblemError("generation_failed", "the clip was made again, and is not the one that was sent")

@@ -2,7 +2,8 @@
 """A worker process: holds one pipeline, claims jobs from the store and makes one clip at a time.
 
 Started by ``WorkerPool`` as ``python -m ltxrt.serve.worker OPTIONS``. Lines on stdin wake it; when stdin ends, its
-server is gone, and it ends at once, whatever it is doing. Lines on stdout tell the server what changed.
+server is gone, and it ends at once, whatever it is doing. Lines on stdout tell the server what changed. A replica of
+``ltxrt serve --ray`` is the same ``Worker`` without that process around it.
 """
 
 import json
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -21,10 +23,15 @@ from ..media import bundled_speech
 from ..pipeline import Pipeline
 from ..request import Request
 from .clip_job import ClipJob
+from .heartbeat import beating
+from .job import Job
 from .store import JobStore
+from .store_protocol import SharedStore, Store
 
-__all__ = ["WorkerOptions", "main", "open_bundle"]
+__all__ = ["REDIS_VARIABLE", "Worker", "WorkerOptions", "main", "open_bundle"]
 
+#: Brings a worker process the address of Redis, which may hold a password: every user sees a command line.
+REDIS_VARIABLE = "LTXRT_REDIS"
 _WAKE_SECONDS = 1.0  # a lost wake-up costs no more than this
 
 
@@ -41,6 +48,9 @@ class WorkerOptions:
         warm_up: Presets whose networks are loaded and run once before the worker says that it is ready.
         retention_seconds: How long jobs are kept after their end.
         timeout_seconds: Longest run of one job.
+        redis: Address of the Redis that holds the jobs; None for SQLite in the data folder.
+        lease_seconds: How long a silent worker counts as alive; with Redis only.
+        server: The front end that started it; with Redis only.
     """
 
     name: str
@@ -51,10 +61,82 @@ class WorkerOptions:
     warm_up: tuple[str, ...] = ("high",)
     retention_seconds: float = 86_400
     timeout_seconds: float = 3600
+    redis: str | None = None
+    lease_seconds: float = 30
+    server: str = ""
 
     def as_argument(self) -> str:
-        """The options as one command-line argument."""
-        return json.dumps(asdict(self))
+        """The options as one command-line argument, but for the address of Redis."""
+        return json.dumps({**asdict(self), "redis": None})
+
+    def open_shared(self, *, patient: bool) -> SharedStore | None:
+        """The store in Redis, where that is where jobs are.
+
+        Args:
+            patient: See ``RedisStore``.
+
+        Raises:
+            OutputError: It cannot be used.
+        """
+        if self.redis is None:
+            return None
+        from .store_redis import RedisStore  # the redis extra
+
+        return RedisStore(
+            self.redis,
+            retention_seconds=self.retention_seconds,
+            lease_seconds=self.lease_seconds,
+            server=self.server,
+            patient=patient,
+        )
+
+    def open_own(self) -> JobStore:
+        """The store in the data folder."""
+        return JobStore(Path(self.data) / "jobs.sqlite", retention_seconds=self.retention_seconds)
+
+
+class Worker:
+    """A warm pipeline, and the store whose jobs it makes, one at a time. Not safe to share between threads.
+
+    Args:
+        options: What it works with; the name is not used here.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        module, _, function = options.factory.partition(":")
+        opener: Callable[[WorkerOptions], Pipeline] = getattr(import_module(module), function)
+        self._options, self._pipeline = options, opener(options)
+        _warm_up(self._pipeline, options.warm_up)
+        self.shared = options.open_shared(patient=True)
+        self._store: Store = self.shared or options.open_own()
+        self.trusted = True
+
+    def turn(self, name: str, tell: Callable[[str], None]) -> bool:
+        """Make the next clip, if one waits. After an engine's error ``trusted`` is False.
+
+        Args:
+            name: The name under which the job is claimed.
+            tell: Called with the job's id whenever others may want to know of it.
+
+        Raises:
+            Exception: As ``ClipJob.run``.
+        """
+        job = self._store.claim(name)
+        if job is not None:
+            tell(job.id)
+            self.trusted = self._clip(job, name, tell).run(self._pipeline)
+        return job is not None
+
+    def _clip(self, job: Job, name: str, tell: Callable[[str], None]) -> ClipJob:
+        return ClipJob(
+            job=job,
+            folder=Path(self._options.data) / "jobs" / job.id,
+            worker=name,
+            store=self._store,
+            tell=lambda: tell(job.id),
+            timeout_seconds=self._options.timeout_seconds,
+            live_stays=self.shared is not None,
+        )
 
 
 def open_bundle(options: WorkerOptions) -> Pipeline:
@@ -64,7 +146,7 @@ def open_bundle(options: WorkerOptions) -> Pipeline:
 
 def main(argument: str) -> None:
     """Serve jobs until stdin ends."""
-    options = WorkerOptions(**json.loads(argument))
+    options = replace(WorkerOptions(**json.loads(argument)), redis=os.environ.get(REDIS_VARIABLE))
     # Ctrl-C and a service manager's SIGTERM reach the whole group; the server alone decides when a worker ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -79,29 +161,14 @@ def main(argument: str) -> None:
         except BrokenPipeError:
             _end_with_server()  # seen here before stdin's end: not a failure of the job
 
-    module, _, function = options.factory.partition(":")
-    opener: Callable[[WorkerOptions], Pipeline] = getattr(import_module(module), function)
-    pipeline = opener(options)
-    _warm_up(pipeline, options.warm_up)
-    store = JobStore(Path(options.data) / "jobs.sqlite", retention_seconds=options.retention_seconds)
-    tell("ready")
-    trusted = True
-    while trusted:
-        wake.clear()
-        job = store.claim(options.name)
-        if job is None:
-            wake.wait(_WAKE_SECONDS)
-            continue
-        tell(job.id)
-        clip = ClipJob(
-            job=job,
-            folder=Path(options.data) / "jobs" / job.id,
-            worker=options.name,
-            store=store,
-            tell=lambda job_id=job.id: tell(job_id),
-            timeout_seconds=options.timeout_seconds,
-        )
-        trusted = clip.run(pipeline)
+    worker = Worker(options)
+    shared = worker.shared
+    with nullcontext() if shared is None else beating(shared, options.name, options.lease_seconds):
+        tell("ready")
+        while worker.trusted:
+            wake.clear()
+            if not worker.turn(options.name, tell):
+                wake.wait(_WAKE_SECONDS)
 
 
 def _warm_up(pipeline: Pipeline, presets: tuple[str, ...]) -> None:
