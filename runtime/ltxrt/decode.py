@@ -3,18 +3,23 @@
 
 Every temporal convolution keeps the last two frames of its input from chunk to chunk, so nothing is decoded twice
 and nothing is blended. The price is delay: the first frame needs a look-ahead of ``first_chunk_latents`` latent frames.
+
+On a device the caches stay there, and a chunk's frames are copied out while the next chunk is decoded: the device is
+given chunk k + 1 before the caller, who encodes, is given the frames of chunk k.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Array, Engine
+from .engine import Engine, Tensor, run_resident
 from .errors import EngineError
 from .manifest import StreamEntry
+from .memory import DeviceTensor, HostCopy
 
 __all__ = ["FrameChunk", "VideoDecoder", "chunk_lengths"]
 
@@ -72,29 +77,46 @@ class VideoDecoder:
         Raises:
             EngineError: The network failed, or gave fewer frames than that.
         """
+        done = 0
+        for frames_out in self._decoded(latent):
+            decoded = np.asarray(frames_out, np.uint8)[: frames - done]
+            if len(decoded):
+                yield FrameChunk(decoded, done, rate)
+                done += len(decoded)
+            if done == frames:
+                return
+        raise EngineError(
+            f"{self.engine.name}: {latent.shape[2]} latent frames gave {done} frames, {frames} are needed"
+        )
+
+    def _decoded(self, latent: NDArray[np.float32]) -> Iterator[Tensor]:
+        """The frames of every chunk, in order; those of a device one chunk late, when they have been copied."""
         _, _, count, height, width = latent.shape
-        states: dict[str, Array] = {
+        states: dict[str, Tensor] = {
             state.name: np.zeros(
                 (1, state.channels, 0, height * state.spatial_scale, width * state.spatial_scale), np.float32
             )
             for state in self.stream.states
         }
         lengths = chunk_lengths(count, self.stream.first_chunk_latents, self.chunk_latents)
-        start = done = 0
+        copies: deque[HostCopy] = deque()
+        start = 0
         for index, length in enumerate(lengths):
-            feeds: dict[str, Array] = {
+            feeds: Mapping[str, Tensor] = {
                 "latent": np.ascontiguousarray(latent[:, :, start : start + length]),
                 "first": np.zeros(int(index == 0), np.float32),
                 "last": np.zeros(int(index == len(lengths) - 1), np.float32),
                 **states,
             }
-            outputs = self.engine.run(feeds)
-            decoded = np.asarray(outputs["frames"], np.uint8)[: frames - done]
+            outputs = run_resident(self.engine, feeds)
             states = {state.name: outputs[f"next_{state.name}"] for state in self.stream.states}
             start += length
-            if len(decoded):
-                yield FrameChunk(decoded, done, rate)
-                done += len(decoded)
-            if done == frames:
-                return
-        raise EngineError(f"{self.engine.name}: {count} latent frames gave {done} frames, {frames} are needed")
+            frames = outputs["frames"]
+            if not isinstance(frames, DeviceTensor):
+                yield frames
+                continue
+            copies.append(frames.fetch())
+            if len(copies) > 1:
+                yield copies.popleft().wait()
+        while copies:
+            yield copies.popleft().wait()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoising loop. The two stages are two instances of one class; each step is one run of one graph."""
+"""The denoising loop. The two stages are two instances of one class; each step is one run of one graph.
+
+On a device the latent never leaves it between the steps, and the next step is under way before the last one is
+reported (``engine.iterate``).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .encoders import Conditioning
-from .engine import Engine
+from .engine import Engine, Tensor, iterate
 from .noise import gaussian
 from .rope import RopeGrid, rope_tables
 from .schedule import noised, steps
@@ -24,13 +28,14 @@ Floats = NDArray[np.float32]
 class DenoiseStep:
     """One finished step.
 
-    ``latent`` [1, Nv, 128] is a view that the next step overwrites: copy what must outlive it.
+    ``latent`` [1, Nv, 128] fp32, on the device that the denoiser runs on, may be overwritten by the next step: copy
+    what must outlive it.
     """
 
     step: int
     steps: int
     sigma: float
-    latent: Floats
+    latent: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +69,13 @@ class DenoiseStage:
             seed: The request's seed.
         """
         feeds = self._feeds(conditioning, initial, seed)
-        capture = self.engine.capture(feeds)
         pairs = steps(self.sigmas)
-        for index, (sigma, sigma_next) in enumerate(pairs, start=1):
-            capture.inputs["sigma"][0] = sigma
-            capture.inputs["sigma_next"][0] = sigma_next
-            capture.replay()
-            latent = np.asarray(capture.outputs["latent_next"], np.float32)
-            capture.inputs["latent"][...] = latent
-            yield DenoiseStep(index, len(pairs), sigma_next, latent)
+        levels = [
+            {"sigma": np.array([now], np.float32), "sigma_next": np.array([after], np.float32)} for now, after in pairs
+        ]
+        outputs = iterate(self.engine.capture(feeds), levels, {"latent_next": "latent"})
+        for index, (step, (_, sigma_next)) in enumerate(zip(outputs, pairs, strict=True), start=1):
+            yield DenoiseStep(index, len(pairs), sigma_next, step["latent_next"])
 
     def _feeds(self, conditioning: Conditioning, initial: Floats | None, seed: int) -> dict[str, NDArray[np.generic]]:
         tokens = self.shape.tokens

@@ -3,21 +3,55 @@
 
 An engine runs one network. Tensors are named; names, then dtypes, then shapes are checked against the
 network's declaration before the backend is touched, so that a mistake is one sentence rather than a crash.
+
+What stays on a device between networks goes through ``run_resident`` and ``iterate``. They take any engine: on one
+that computes in host memory they are plain runs and replays, in the same order and on the same arrays as ever.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EngineError
 
-__all__ = ["Array", "Capture", "Engine", "TensorSpec", "check_feeds"]
+__all__ = [
+    "Array",
+    "Capture",
+    "Engine",
+    "LoopCapture",
+    "ResidentEngine",
+    "Tensor",
+    "TensorSpec",
+    "check_feeds",
+    "concrete_shape",
+    "iterate",
+    "run_resident",
+    "symbol_sizes",
+]
 
 #: Any array; each tensor's dtype is the network's declaration.
 Array = NDArray[Any]
+
+_SYMBOLIC = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
+
+
+class Tensor(Protocol):
+    """A dense tensor: a NumPy array, or a ``memory.DeviceTensor``. ``np.asarray`` gives its values on the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __array__(self) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +119,103 @@ class Engine(Protocol):
         ...
 
 
-def check_feeds(network: str, specs: Iterable[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, int]:
+@runtime_checkable
+class LoopCapture(Protocol):
+    """A capture that can run several times without the host in between."""
+
+    def iterate(
+        self, steps: Sequence[Mapping[str, Array]], carried: Mapping[str, str]
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """See ``iterate``; the capture is given back when the iterator ends."""
+        ...
+
+
+@runtime_checkable
+class ResidentEngine(Protocol):
+    """An engine whose tensors may stay where it computes."""
+
+    def run_resident(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See ``run_resident``."""
+        ...
+
+
+def run_resident(engine: Engine, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run once and leave the outputs where the engine computes.
+
+    On a device nothing waits for the result: tensors are ordered by the device's stream, and asking for their values
+    waits.
+
+    Args:
+        engine: Any engine.
+        feeds: Host arrays, or what an engine on the same device gave.
+
+    Raises:
+        EngineError: As ``Engine.run``.
+    """
+    if isinstance(engine, ResidentEngine):
+        return engine.run_resident(feeds)
+    return dict(engine.run({name: np.asarray(value) for name, value in feeds.items()}))
+
+
+def iterate(
+    capture: Capture, steps: Sequence[Mapping[str, Array]], carried: Mapping[str, str]
+) -> Iterator[Mapping[str, Tensor]]:
+    """Replay once for each of ``steps`` and give the outputs of each, which hold until the next is asked for.
+
+    Args:
+        capture: Any capture. It must not be used again where it is a ``LoopCapture``.
+        steps: Inputs to overwrite before each replay.
+        carried: Output to input: what a replay gives is what the next one gets.
+
+    Raises:
+        EngineError: The backend failed.
+    """
+    if isinstance(capture, LoopCapture):
+        yield from capture.iterate(steps, carried)
+        return
+    for values in steps:
+        for name, value in values.items():
+            capture.inputs[name][...] = value
+        capture.replay()
+        for output, name in carried.items():
+            capture.inputs[name][...] = capture.outputs[output]
+        yield capture.outputs
+
+
+def concrete_shape(shape: Iterable[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A port's shape at given sizes; ``"32*h"`` is 32 times the size of ``h``.
+
+    Raises:
+        KeyError: A symbol has no size.
+    """
+    return tuple(entry if isinstance(entry, int) else _factor(entry)[0] * sizes[_factor(entry)[1]] for entry in shape)
+
+
+def symbol_sizes(network: str, specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The size of every symbol, from the shapes of some ports; ``"32*h"`` tells ``h``.
+
+    Raises:
+        EngineError: A size is no multiple of its factor, or two ports disagree.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for size, entry in zip(shapes[spec.name], spec.shape, strict=True):
+            if isinstance(entry, int):
+                continue
+            factor, symbol = _factor(entry)
+            if size % factor or sizes.setdefault(symbol, size // factor) != size // factor:
+                raise EngineError(f"{network}: {spec.name} has shape {shapes[spec.name]}, expected {spec}")
+    return sizes
+
+
+def _factor(entry: str) -> tuple[int, str]:
+    match = _SYMBOLIC.fullmatch(entry)
+    if match is None:
+        raise EngineError(f"{entry!r} is neither a symbol nor size*symbol")
+    return int(match[1] or 1), match[2]
+
+
+def check_feeds(network: str, specs: Iterable[TensorSpec], feeds: Mapping[str, Tensor]) -> dict[str, int]:
     """Check feeds against a network's inputs; return the size of every symbol.
 
     Raises:

@@ -13,10 +13,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ig
 from .engine import Array, Capture, TensorSpec, check_feeds
 from .errors import EngineError
 
-__all__ = ["OnnxCapture", "OnnxEngine"]
+__all__ = ["ORT_ERRORS", "OnnxCapture", "OnnxEngine", "check_ports", "one_line"]
 
-# What the native library reports has classes of its own, without a common base; its Python side raises the other two.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
+#: What the native library reports has classes of its own, without a common base; its Python side raises the other two.
+ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
@@ -57,7 +57,7 @@ class OnnxEngine:
         self.outputs = outputs
         try:
             self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"{name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
         check_ports(f"{name}: {path.name}", "input", inputs, self._session.get_inputs())
         check_ports(f"{name}: {path.name}", "output", outputs, self._session.get_outputs())
@@ -68,7 +68,7 @@ class OnnxEngine:
         names = [spec.name for spec in self.outputs]
         try:
             values = self._session.run(names, dict(feeds))
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"{self.name}: {one_line(error)}") from error
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
@@ -92,7 +92,7 @@ class OnnxCapture:
         names = [spec.name for spec in self._engine.outputs]
         try:
             values = self._session.run(names, self.inputs)
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"{self._engine.name}: {one_line(error)}") from error
         self.outputs = {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 

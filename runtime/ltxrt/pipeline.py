@@ -14,6 +14,7 @@ from .clip_file import ClipFile, check_destination
 from .decode import VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
+from .engine import Tensor
 from .engine_store import Engines, EngineStore
 from .latent import to_grid
 from .mux import FragmentMuxer, MuxOptions
@@ -116,7 +117,8 @@ class Pipeline:
         with timings.stage("encode"):
             conditioning, notes = self._condition(plan, engines)
         yield Progress("encode", 1, 1)
-        latent: NDArray[np.float32] | None = None
+        latent: Tensor | None = None
+        initial: NDArray[np.float32] | None = None
         half, full = plan.canvas.halved().to_latent(), plan.canvas.to_latent()
         for number, shape, sigmas in (
             (1, half, plan.preset.stage_1_sigmas),
@@ -124,7 +126,7 @@ class Pipeline:
         ):
             if latent is not None:
                 with timings.stage("upsample"):
-                    latent = upsample(engines.upsampler, latent, half)
+                    initial = latent = upsample(engines.upsampler, latent, half)
                 yield Progress("upsample", 1, 1)
             stage = DenoiseStage(
                 number=number,
@@ -136,7 +138,7 @@ class Pipeline:
                 sigmas=sigmas,
             )
             name = f"denoise_{number}"
-            steps = stage.run(conditioning, latent, plan.seed)
+            steps = stage.run(conditioning, initial, plan.seed)
             while True:
                 with timings.stage(name):
                     step = next(steps, None)
@@ -146,7 +148,7 @@ class Pipeline:
                 yield Progress(name, step.step, step.steps)
         assert latent is not None  # both stages ran
         timings.mark("last_denoise_step")
-        yield from self._deliver(plan, to_grid(latent, full), engines, timings)
+        yield from self._deliver(plan, to_grid(np.asarray(latent, np.float32), full), engines, timings)
         yield summarise(plan, notes, timings, self.bundle, self.store.backend.name)
 
     def _condition(self, plan: Plan, engines: Engines) -> tuple[Conditioning, tuple[str, ...]]:

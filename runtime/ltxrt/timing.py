@@ -2,10 +2,10 @@
 """Where the time of one clip goes: wall seconds by stage and seconds inside the backends."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from .engine import Array, Capture, Engine, TensorSpec
+from .engine import Array, Capture, Engine, LoopCapture, Tensor, TensorSpec, run_resident
 
 __all__ = ["TimedEngine", "Timings"]
 
@@ -92,7 +92,13 @@ class TimedEngine:
         """See ``Engine.capture``."""
         with self._timings.backend_call(self.name):
             capture = self._engine.capture(feeds)
-        return _TimedCapture(capture, self.name, self._timings)
+        kind = _TimedLoop if isinstance(capture, LoopCapture) else _TimedCapture
+        return kind(capture, self.name, self._timings)
+
+    def run_resident(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See ``ltxrt.engine.run_resident``; on a device the time counts in which the work is handed over."""
+        with self._timings.backend_call(self.name):
+            return run_resident(self._engine, feeds)
 
 
 class _TimedCapture:
@@ -112,3 +118,17 @@ class _TimedCapture:
     def replay(self) -> None:
         with self._timings.backend_call(self._name):
             self._capture.replay()
+
+
+class _TimedLoop(_TimedCapture):
+    def iterate(
+        self, steps: Sequence[Mapping[str, Array]], carried: Mapping[str, str]
+    ) -> Iterator[Mapping[str, Tensor]]:
+        assert isinstance(self._capture, LoopCapture)  # what this class is chosen for
+        outputs = self._capture.iterate(steps, carried)
+        while True:
+            with self._timings.backend_call(self._name):
+                step = next(outputs, None)
+            if step is None:
+                return
+            yield step
