@@ -11,10 +11,12 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from ..bundle import Bundle
 from ..errors import MediaError, RequestError
 from .auth import Keys
+from .contract import openapi_document
 from .fetch import FetchRules
 from .guard import Guard, request_id
 from .inputs import InputLimits, InputReader, UploadShelf
@@ -80,6 +82,7 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
     for kind in (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Exception, _failed)
+    app.openapi = lambda: openapi_document(app)
     app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, metrics=metrics)
     return app
 
@@ -111,9 +114,17 @@ def _problem(request: Request, error: Exception) -> ProblemError:
             return ProblemError("draining", "try again on another server, or later", headers=wait)
         case HTTPException():
             kind = _BY_STATUS.get(error.status_code, "bad_request")
-            return ProblemError(kind, str(error.detail), headers=error.headers)
+            headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+            return ProblemError(kind, str(error.detail), headers=headers)
         case _:
             raise error
+
+
+def _allowed(request: Request) -> str:
+    """Every method of a path; Starlette names those of the first route that has the path alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in matching for method in route.methods or ()}))
 
 
 def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptions:

@@ -16,7 +16,8 @@ __all__ = ["router"]
 router = APIRouter(tags=["files"])
 
 
-@router.api_route("/files/{job_id}/{token}/clip.mp4", methods=["GET", "HEAD"])
+@router.get("/files/{job_id}/{token}/clip.mp4")
+@router.head("/files/{job_id}/{token}/clip.mp4")
 async def result(request: Request, job_id: str, token: str) -> Response:
     """A finished clip. The address is its key, so that a player or a download tool can use it."""
     job = service_of(request).jobs.store.get(job_id)

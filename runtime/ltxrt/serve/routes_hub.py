@@ -3,7 +3,6 @@
 
 import base64
 import time
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -11,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from .body import Body, json_body
 from .job import Job
-from .model import MODEL_NAMES, json_request_schema
+from .model import MODEL_NAMES
 from .problems import ProblemError
 from .service import caller, service_of
 from .sse import hub_events
@@ -28,12 +27,9 @@ _FORMATS = ("url", "b64_json")
 _ACTIVE = ("queued", "processing")
 _STATES = (*_ACTIVE, "succeeded", "failed", "cancelled")
 _MAX_GENERATIONS = 4
-_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": json_request_schema()}}}
-}
 
 
-@router.post("/api/ai/videos/generate", openapi_extra=_BODY)
+@router.post("/api/ai/videos/generate")
 async def generate(request: Request) -> Response:
     """Make a clip and answer when it is ready: JSON with its address, or the clip where MP4 is accepted."""
     owner = caller(request)
@@ -59,7 +55,7 @@ async def generate(request: Request) -> Response:
     return JSONResponse(answer, headers={"Server-Timing": server_timing(job)})
 
 
-@router.post("/api/ai/queue", openapi_extra=_BODY)
+@router.post("/api/ai/queue")
 async def enqueue(request: Request) -> Response:
     """Queue one to four clips."""
     owner = caller(request)

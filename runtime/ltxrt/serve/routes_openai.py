@@ -10,7 +10,6 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from .body import Body, read_body
 from .job import Job
-from .model import json_request_schema
 from .problems import ProblemError
 from .routes_hub import check_model
 from .service import caller, service_of
@@ -25,26 +24,23 @@ router = APIRouter(tags=["OpenAI videos"])
 
 _POLL = {"openai-poll-after-ms": "500"}
 _MAX_PAGE = 100
+_ORDERS = ("asc", "desc")
 _ALIASES = {"size": "resolution", "fps": "frames_per_second"}
 _REFERENCES = {
     "input_reference": ("input_image", "image_url"),
     "image_reference": ("input_image", "image_url"),
     "audio_reference": ("input_audio", "audio_url"),
 }
-_SCHEMA = {"schema": json_request_schema()}
-_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": _SCHEMA, "multipart/form-data": _SCHEMA}}
-}
 
 
-@router.post("/v1/videos", openapi_extra=_BODY)
+@router.post("/v1/videos")
 async def create(request: Request) -> Response:
     """Queue a clip."""
     job, _ = await _submitted(request)
     return JSONResponse(openai_video(request, job), headers=_POLL)
 
 
-@router.post("/v1/videos/sync", openapi_extra=_BODY)
+@router.post("/v1/videos/sync")
 async def create_and_wait(request: Request) -> Response:
     """Make a clip and answer with its bytes when it is ready; as a stream where only MP4 is accepted."""
     job, own = await _submitted(request)
@@ -57,7 +53,7 @@ async def create_and_wait(request: Request) -> Response:
     return clip_response(request, done, headers)
 
 
-@router.post("/v1/videos/stream", openapi_extra=_BODY)
+@router.post("/v1/videos/stream")
 async def create_and_stream(request: Request) -> Response:
     """Make a clip and send it, as a fragmented MP4, while it is made."""
     job, own = await _submitted(request)
@@ -69,7 +65,10 @@ async def listing(request: Request) -> Response:
     """The caller's jobs, newest first unless ``order=asc``."""
     query = request.query_params
     jobs = service_of(request).jobs.store.of_owner(caller(request))
-    if query.get("order") == "asc":
+    order = query.get("order", "desc")
+    if order not in _ORDERS:
+        raise ProblemError("invalid_params", f"order: {', '.join(_ORDERS)}", field="order")
+    if order == "asc":
         jobs.reverse()
     after = query.get("after")
     if after is not None:

@@ -6,7 +6,7 @@ Lines end with LF and JSON is compact, because clients of the inference hub comp
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +20,12 @@ from .views import openai_video, result_url
 __all__ = ["hub_events", "job_events"]
 
 _KEEP_ALIVE_SECONDS = 15.0
+# Documented clients of the hub queue a clip and listen only then. What has ended in the meantime they would wait for
+# in vain, so whoever opens the stream without saying where to go on hears of it first.
+_JUST_ENDED_SECONDS = 10.0
+# The documented shell client reads through awk, and Debian's awk sees nothing of a pipe before 4096 bytes have come.
+_COMPLETED = "media_generation_completed"
+_PADDING = b":" + b" " * 4096 + b"\n\n"
 _HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 
 #: An event and its job to the event's name and data; None for what is not told.
@@ -27,20 +33,26 @@ Shown = Callable[[JobEvent, Job], tuple[str, dict[str, Any]] | None]
 
 
 def hub_events(request: Request, owner: str) -> StreamingResponse:
-    """Everything that happens to a caller's jobs from now on (or since ``Last-Event-ID``), in the hub's words."""
+    """Everything that happens to a caller's jobs from now on (or since ``Last-Event-ID``), in the hub's words.
+
+    Without ``Last-Event-ID``, what ended in the last seconds comes first.
+    """
     service = service_of(request)
     after = _last_seen(request)
 
     def shown(event: JobEvent, job: Job) -> tuple[str, dict[str, Any]] | None:
         data = {"generation_id": job.id, "status": event.kind, "media_type": "video", "model": job.model}
         if event.kind == "succeeded":
-            return "media_generation_completed", {**data, "url": result_url(request, job)}
+            return _COMPLETED, {**data, "url": result_url(request, job)}
         if event.kind == "failed":
-            return "media_generation_completed", {**data, "error": job.error_message}
+            return _COMPLETED, {**data, "error": job.error_message}
         return "media_generation_progress", {**data, **event.data}
 
-    start = service.jobs.store.last_event() if after is None else after
-    return _response(_stream(service, shown, start, owner=owner))
+    if after is not None:
+        return _response(_stream(service, shown, after, owner=owner))
+    start = service.jobs.store.last_event()
+    ended = list(_just_ended(service, shown, start, owner))
+    return _response(_stream(service, shown, start, owner=owner, opening=ended))
 
 
 def job_events(request: Request, job: Job) -> StreamingResponse:
@@ -68,11 +80,19 @@ def _last_seen(request: Request) -> int | None:
 
 
 async def _stream(
-    service: Service, shown: Shown, after: int, *, job: Job | None = None, owner: str | None = None
+    service: Service,
+    shown: Shown,
+    after: int,
+    *,
+    job: Job | None = None,
+    owner: str | None = None,
+    opening: Iterable[bytes] = (),
 ) -> AsyncGenerator[bytes]:
     store = service.jobs.store
     quiet_since, position = time.monotonic(), None
     yield b": connected\n\n"
+    for block in opening:
+        yield block
     with service.jobs.board.watch(job.id if job else None) as watch:
         while not service.closing:
             events = store.events(after, job_id=job.id) if job else store.events(after, owner=owner)
@@ -97,11 +117,23 @@ async def _stream(
             await watch.wait()
 
 
+def _just_ended(service: Service, shown: Shown, until: int, owner: str) -> Iterator[bytes]:
+    store = service.jobs.store
+    since = time.time() - _JUST_ENDED_SECONDS
+    for job in reversed(store.of_owner(owner, states=("succeeded", "failed"), limit=100)):
+        if job.completed_at is not None and job.completed_at > since:
+            end = store.events(0, job_id=job.id)[-1]
+            if end.number <= until:  # or the stream itself brings it
+                yield from _blocks(service, shown, end)
+
+
 def _blocks(service: Service, shown: Shown, event: JobEvent) -> Iterator[bytes]:
     job = service.jobs.store.get(event.job_id)
     told = None if job is None else shown(event, job)
     if told is not None:
         yield _block(event.number, *told)
+        if told[0] == _COMPLETED:
+            yield _PADDING
 
 
 def _block(number: int | None, name: str, data: dict[str, Any]) -> bytes:

@@ -117,7 +117,7 @@ class Running:
 
 @contextmanager
 def serving(folder, *, prelude="", **settings):
-    """Start a server on scripted pipelines, after some Python of the test's; it is stopped with SIGTERM and must end with 0."""
+    """Start a server on scripted pipelines, after the test's own Python; it ends by SIGTERM and must end with 0."""
     script = (
         f"{prelude}\n"
         "import json, sys; from ltxrt.serve.command import serve; from ltxrt.serve.settings import Settings;"

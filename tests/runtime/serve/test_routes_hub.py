@@ -113,7 +113,7 @@ def test_idempotency_key(client, sound):
 
 
 def test_events(server, client, sound):
-    got, opened = [], threading.Event()
+    got, awaited, opened = [], [], threading.Event()
 
     def listen():
         with server.client() as listener, listener.stream("GET", "/api/events") as stream:
@@ -121,7 +121,7 @@ def test_events(server, client, sound):
             opened.set()
             for line in stream.iter_lines():
                 got.append(line)
-                if line.startswith("data:") and '"succeeded"' in line:
+                if line.startswith("data:") and '"succeeded"' in line and any(name in line for name in awaited):
                     return
 
     thread = threading.Thread(target=listen)
@@ -129,7 +129,8 @@ def test_events(server, client, sound):
     assert opened.wait(10)
     time.sleep(0.3)
     failed = queued(client, sound, prompt="engine")
-    name = queued(client, sound)
+    name = queued(client, sound, prompt="steps=2")
+    awaited.append(name)
     thread.join(30)
     assert not thread.is_alive()
     # As the documented shell client reads it: whole lines, compact JSON.
