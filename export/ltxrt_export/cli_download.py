@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ltxrt.cli_process import resumable
 from ltxrt.cli_progress import reporter
 from ltxrt.errors import ExportError
 from ltxrt.result import Progress
@@ -66,7 +67,8 @@ def _fetch(plan: "DownloadPlan", hub: "Hub") -> None:
     from .download import download as fetched
 
     names = [file.name for file in plan.files]
-    with closing(fetched(plan, hub)) as steps, reporter(names) as progress:
+    kept = resumable("the same command goes on where it stopped")
+    with kept, closing(fetched(plan, hub)) as steps, reporter(names) as progress:
         for step in steps:
             done, size = step.done // _MEGABYTE, max(1, step.file.bytes // _MEGABYTE)
             progress.show(Progress(step.file.name, min(done, size), size))

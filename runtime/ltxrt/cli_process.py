@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -22,11 +22,13 @@ from typer.main import get_command
 from .cli_report import error_json
 from .errors import LtxrtError, OutputError, shown
 
-__all__ = ["Stopped", "emit", "main_app", "run_app"]
+__all__ = ["Stopped", "emit", "main_app", "resumable", "run_app"]
 
 
 class Stopped(SystemExit):
-    """A signal asks the run to end; ``code`` is 128 + its number, as shells report it."""
+    """A signal asks the run to end; ``code`` is 128 + its number, as shells report it. ``left`` is for people."""
+
+    left = "nothing is left behind"
 
 
 def main_app(app: typer.Typer, name: str) -> NoReturn:
@@ -50,8 +52,18 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         return _failed(error, f"{error.format_message()} (see {name} --help)", error.exit_code, arguments)
     except Stopped as stop:
         code = int(str(stop.code))
-        return _failed(stop, f"stopped by {signal.Signals(code - 128).name}, nothing is left behind", code, arguments)
+        return _failed(stop, f"stopped by {signal.Signals(code - 128).name}, {stop.left}", code, arguments)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def resumable(left: str) -> Generator[None]:
+    """For what keeps its work: a signal's message says ``left`` instead of that nothing is left behind."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.left = left
+        raise
 
 
 def emit(result: dict[str, Any] | Iterable[str]) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ltxrt.cli_process import resumable
+
 if TYPE_CHECKING:
     from ltxrt.manifest import Manifest
 
@@ -92,7 +94,8 @@ def build(  # noqa: PLR0913  # one parameter per flag
         folder = out
     with EngineStore(folder) as store:
         plans = plan_engines(store, presets, tools, sizes, options)
-        with closing(build_engines(store, plans, tools, options, timing_cache)) as steps:
+        kept = resumable("finished engines are kept, the same command builds the rest")
+        with kept, closing(build_engines(store, plans, tools, options, timing_cache)) as steps:
             done = _show(steps)
         rows = [_row(step, plan, store.manifest) for step, plan in zip(done, plans, strict=True)]
     typer.echo(json.dumps({"bundle": str(folder), "engines": rows}, indent=2) if as_json else str(folder))

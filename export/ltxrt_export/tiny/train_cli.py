@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ltxrt.cli_process import resumable
 from ltxrt.errors import ExportError
 
 __all__ = ["train_tiny"]
@@ -32,9 +33,9 @@ def train_tiny(
     if device == "cuda" and not has_gpu:
         raise ExportError("device: 'cuda' is not there; allowed here: auto, cpu")
     torch.set_default_device("cuda" if has_gpu and device != "cpu" else "cpu")
-    for progress in train(out, minutes, seed):
-        figures = " ".join(f"{name}={value:.3g}" for name, value in progress.figures.items())
-        typer.echo(
-            f"{progress.phase} {progress.share:4.0%} step {progress.steps} loss {progress.loss:.4f} {figures}", err=True
-        )
+    with resumable(f"--resume goes on in {out}"):
+        for progress in train(out, minutes, seed):
+            figures = " ".join(f"{name}={value:.3g}" for name, value in progress.figures.items())
+            line = f"{progress.phase} {progress.share:4.0%} step {progress.steps} loss {progress.loss:.4f} {figures}"
+            typer.echo(line.rstrip(), err=True)
     typer.echo(str(trained_paths(out).checkpoint))
