@@ -72,6 +72,9 @@ BundleFlag = Annotated[
 ]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that is there.")]
 ThreadsFlag = Annotated[int, typer.Option("--threads", min=0, help="CPU threads of an operator; 0 uses every core.")]
+PromptCacheFlag = Annotated[
+    str, typer.Option("--prompt-cache", help="Where encoded prompts are kept: memory, off, or a folder.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 
 
@@ -107,7 +110,7 @@ def demo(
     request = Request(prompt=_DEMO_PROMPT, input_audio=bundled_speech(), resolution=_DEMO_SIZE, seed=seed)
     # Nothing but an earlier demo is expected under the name that nobody chose.
     destination = _destination(output or _DEMO_OUTPUT, request, overwrite=overwrite or output is None)
-    _make(request, destination, bundle, threads=threads, as_json=as_json)
+    _make(request, destination, {"bundle": bundle, "threads": threads}, as_json=as_json)
 
 
 @app.command()
@@ -137,6 +140,7 @@ def generate(  # noqa: PLR0913  # one parameter per field of the request
     ] = None,
     overwrite: OverwriteFlag = False,
     threads: ThreadsFlag = 0,
+    prompt_cache: PromptCacheFlag = "memory",
     as_json: JsonFlag = False,
 ) -> None:
     """Make a clip whose motion follows the audio."""
@@ -155,7 +159,8 @@ def generate(  # noqa: PLR0913  # one parameter per field of the request
         seed=seed,
     )
     destination = _destination(output or Path(f"{Path(audio).stem}.mp4"), request, overwrite=overwrite)
-    _make(request, destination, bundle, threads=threads, as_json=as_json)
+    opening = {"bundle": bundle, "threads": threads, "prompt_cache": prompt_cache}
+    _make(request, destination, opening, as_json=as_json)
 
 
 @app.command()
@@ -268,15 +273,18 @@ def _same_file(output: Path, source: Path) -> bool:
         return False
 
 
-def _make(request: Request, output: Path, bundle: Path | None, *, threads: int, as_json: bool) -> None:
-    """Make the clip, with progress and a summary on stderr; its path, or the result as JSON, on stdout."""
+def _make(request: Request, output: Path, opening: dict[str, Any], *, as_json: bool) -> None:
+    """Make the clip, with progress and a summary on stderr; its path, or the result as JSON, on stdout.
+
+    ``opening`` goes to ``Pipeline.open``.
+    """
     from .cli_progress import reporter
     from .cli_report import engine_line, result_lines
     from .engine_store import backends
     from .pipeline import Pipeline
     from .result import STAGES, Progress, Result
 
-    pipeline = Pipeline.open(bundle, threads=threads)
+    pipeline = Pipeline.open(**opening)
     typer.echo(engine_line(pipeline.store.backend, backends()), err=True)
     result: Result | None = None
     # Closing cleans up, also where an interruption comes between two events.

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt, audio and first frame to what the denoiser is conditioned on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Engine
+from .engine import Array, Engine
 from .errors import EngineError
 from .image import first_frame
 from .media import CONDITIONING_RATE, AudioTrack, conditioning_waveform
+from .prompt_cache import PromptCache, prompt_key
 from .shapes import PixelShape, audio_token_count, samples_for_frames
 from .tokenizer import TokenizedPrompt
 
@@ -47,9 +49,25 @@ class Conditioning:
     image_strength: float
 
 
-def encode_text(engine: Engine, prompt: TokenizedPrompt) -> TextContexts:
-    """Run the text encoder on a prompt's tokens."""
-    outputs = engine.run({"input_ids": prompt.input_ids})
+def encode_text(
+    engine: Engine, prompt: TokenizedPrompt, cache: PromptCache | None = None, model: str = ""
+) -> TextContexts:
+    """Run the text encoder on a prompt's tokens, unless the cache knows what comes out.
+
+    Args:
+        engine: The text encoder.
+        prompt: The prompt.
+        cache: Contexts of earlier prompts; None always runs the network.
+        model: What ``engine`` is, from ``text_model``; for the cache.
+    """
+    if cache is None:
+        outputs: Mapping[str, Array] = engine.run({"input_ids": prompt.input_ids})
+    else:
+        key = prompt_key(model, prompt.input_ids)
+        known = cache.get(key, engine.outputs)
+        outputs = engine.run({"input_ids": prompt.input_ids}) if known is None else known
+        if known is None:
+            cache.put(key, outputs)
     return TextContexts(outputs["video_context"], outputs["audio_context"])
 
 

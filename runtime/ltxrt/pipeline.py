@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .clip_file import ClipFile, check_destination
+from .clip_memory import ClipSize
 from .decode import VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
@@ -19,6 +20,7 @@ from .engine_store import Engines, EngineStore
 from .latent import to_grid
 from .mux import FragmentMuxer, MuxOptions
 from .plan import Plan, plan_clip
+from .prompt_cache import PromptCache, text_model
 from .request import Request
 from .result import Fragment, Progress, Result, summarise
 from .shapes import TEMPORAL_COMPRESSION
@@ -42,21 +44,26 @@ class Pipeline:
     bundle: Bundle
     store: EngineStore
     tokenizer: PromptTokenizer
+    prompts: PromptCache | None = None
 
     @classmethod
-    def open(cls, bundle: str | Path | None = None, *, threads: int = 0) -> "Pipeline":
+    def open(
+        cls, bundle: str | Path | None = None, *, threads: int = 0, prompt_cache: str | Path = "memory"
+    ) -> "Pipeline":
         """Open a bundle; None is the tiny one that comes with the package.
 
         Args:
             bundle: Folder of the bundle.
             threads: CPU threads within one operator; 0 uses every core.
+            prompt_cache: Where contexts of prompts are kept: ``memory``, ``off``, or a folder.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another version.
+            OutputError: The folder of the cache cannot be used.
         """
         opened = Bundle.open(bundle)
         tokenizer = PromptTokenizer.open(opened.file("tokenizer.json"), opened.manifest.model.context_tokens)
-        return cls(opened, EngineStore(opened, threads=threads), tokenizer)
+        return cls(opened, EngineStore(opened, threads=threads), tokenizer, PromptCache.open(prompt_cache))
 
     def generate(self, request: Request) -> Generator[bytes]:
         """A playable fragmented MP4, in pieces, while later frames are still being decoded.
@@ -107,6 +114,8 @@ class Pipeline:
         timings = Timings()
         with timings.stage("plan"):
             plan = plan_clip(request, self.bundle)
+            if isinstance(self.store, EngineStore):  # which may know what fits
+                self.store.check(plan.preset.name, ClipSize(plan.canvas, plan.rate))
         return self._events(plan, timings)
 
     def _events(self, plan: Plan, timings: Timings) -> Generator[Event]:
@@ -155,8 +164,9 @@ class Pipeline:
         """Run the encoders; notes say what did not fit."""
         prompt = self.tokenizer.encode(plan.request.prompt)
         crf = self.bundle.manifest.model.image_crf
+        model = text_model(self.bundle, plan.preset.name, self.store.backend.name) if self.prompts is not None else ""
         conditioning = Conditioning(
-            text=encode_text(engines.text_encoder, prompt),
+            text=encode_text(engines.text_encoder, prompt, self.prompts, model),
             audio_tokens=encode_audio(engines.audio_encoder, plan.source, plan.canvas.frames, plan.rate),
             first_frames=None
             if plan.image is None

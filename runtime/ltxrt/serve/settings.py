@@ -53,6 +53,9 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=0, description="CPU threads of an operator; 0 uses every core.")] = 0
     warm_up: Annotated[Words, Field(description="Presets that are run once before the server is ready.")] = ("high",)
     max_queued: Annotated[Count, Field(description="Jobs that may wait.")] = 100
+    prompt_cache: Annotated[str, Field(description="Where encoded prompts are kept: memory, off, or a folder.")] = (
+        "memory"
+    )
     max_jobs_per_key: Annotated[Count, Field(description="Unfinished jobs of one key.")] = 20
     max_frames_times_pixels: Annotated[Count, Field(description="Largest clip: frames times width times height.")] = (
         481 * 2048 * 2048

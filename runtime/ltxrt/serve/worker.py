@@ -44,6 +44,7 @@ class WorkerOptions:
         data: The server's data folder.
         bundle: Folder of the bundle; None for the tiny one.
         threads: CPU threads within one operator; 0 for every core.
+        prompt_cache: Where encoded prompts are kept: ``memory``, ``off``, or a folder.
         factory: ``module:function`` that opens the pipeline from these options.
         warm_up: Presets whose networks are loaded and run once before the worker says that it is ready.
         retention_seconds: How long jobs are kept after their end.
@@ -57,6 +58,7 @@ class WorkerOptions:
     data: str
     bundle: str | None = None
     threads: int = 0
+    prompt_cache: str = "memory"
     factory: str = "ltxrt.serve.worker:open_bundle"
     warm_up: tuple[str, ...] = ("high",)
     retention_seconds: float = 86_400
@@ -141,7 +143,7 @@ class Worker:
 
 def open_bundle(options: WorkerOptions) -> Pipeline:
     """The pipeline of the bundle that the options name."""
-    return Pipeline.open(options.bundle, threads=options.threads)
+    return Pipeline.open(options.bundle, threads=options.threads, prompt_cache=options.prompt_cache)
 
 
 def main(argument: str) -> None:
