@@ -133,6 +133,7 @@ def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptio
         data=settings.data,
         bundle=settings.bundle,
         threads=settings.threads,
+        prompt_cache=settings.prompt_cache,
         factory=factory,
         warm_up=settings.warm_up,
         retention_seconds=settings.retention_seconds,
@@ -141,7 +142,6 @@ def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptio
     devices = settings.devices or (None,) * settings.slots
     return JobOptions(worker=worker, devices=devices, max_queued=settings.max_queued, on_end=metrics.ended)
 
-        prompt_cache=settings.prompt_cache,
 
 def _input_limits(settings: Settings) -> InputLimits:
     fetching = FetchRules(
