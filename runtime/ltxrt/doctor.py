@@ -149,7 +149,7 @@ def _tiny_bundle() -> Finding:
     """Hashes every file of the bundle that ships with ltxrt and loads its networks: the whole CPU path but a clip."""
     try:
         bundle = import_module("ltxrt.bundle").Bundle.open(verify=True)
-        store = import_module("ltxrt.engine_store").EngineStore(bundle)
+        store = import_module("ltxrt.engine_store").EngineStore(bundle, backend="onnxruntime-cpu")
         for preset in bundle.manifest.presets:
             store.engines(preset)
     except (LtxrtError, ImportError) as error:

@@ -25,9 +25,13 @@ from .graph import IdlePool
 from .memory import DeviceTensor
 from .stream import Device
 
-__all__ = ["CUDA_OPTIONS", "CUDA_PROVIDER", "OnnxCudaNetwork", "OnnxPlacement", "cuda_engine"]
+__all__ = ["CUDA_OPTIONS", "CUDA_PROVIDER", "NO_PROVIDER", "OnnxCudaNetwork", "OnnxPlacement", "cuda_engine"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+
+NO_PROVIDER = (
+    "this ONNX Runtime has no CUDA provider: uninstall onnxruntime, then run pip install 'onnxruntime-gpu>=1.31,<1.32'"
+)
 
 #: Options of the provider; the device's number and stream come on top.
 CUDA_OPTIONS: Mapping[str, str] = MappingProxyType(
@@ -98,7 +102,7 @@ class OnnxCudaNetwork:
         self._device = device
         self._placement = placement
         if placement.provider not in ort.get_available_providers():
-            raise EngineError(f"{name}: {no_provider()}")
+            raise EngineError(f"{name}: {NO_PROVIDER}")
         self._session, self.capturable = self._open(path)
         check_ports(f"{name}: {path.name}", "input", self.inputs, self._session.get_inputs())
         check_ports(f"{name}: {path.name}", "output", self.outputs, self._session.get_outputs())
@@ -176,7 +180,7 @@ class OnnxCudaNetwork:
                     continue
                 raise EngineError(f"{self.name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
             if self._placement.provider not in session.get_providers():
-                raise EngineError(f"{self.name}: ONNX Runtime's CUDA provider does not load: {no_provider()}")
+                raise EngineError(f"{self.name}: ONNX Runtime's CUDA provider does not load: {NO_PROVIDER}")
             return session, capture and self._placement.provider == CUDA_PROVIDER
         raise AssertionError("the second attempt ends in a session or an error")
 
@@ -224,11 +228,3 @@ def session_options() -> ort.SessionOptions:
     # Its int8 fusions take FP8 for int8 where fp32 surrounds it, and then refuse to load the graph.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
-
-
-def no_provider() -> str:
-    """Why there is no CUDA provider, in one line."""
-    return (
-        "this ONNX Runtime has no CUDA provider: uninstall onnxruntime, then run pip install 'onnxruntime-gpu>=1.31,"
-        "<1.32'"
-    )

@@ -9,7 +9,7 @@ Written against what TensorRT 11.4 and 10.16 share and checked against both bind
 run on a GPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ class _BoundPlan:
 
 
 def load_plans(
-    files: tuple[PlanFile, ...], library: TensorRtLibrary, device: Device, captures: "IdlePool[Bound]"
+    files: Sequence[PlanFile], library: TensorRtLibrary, device: Device, captures: "IdlePool[Bound]"
 ) -> list[DeviceEngine]:
     """Load plans at the same time, one thread each; most of it is copying weights to the GPU.
 

@@ -3,17 +3,25 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
+from fractions import Fraction
 
 import pytest
 
 from ltxrt import engine_store
+from ltxrt.backends import Machine, this_machine
 from ltxrt.bundle import Bundle
-from ltxrt.engine_store import Engines, EngineStore, backends
+from ltxrt.clip_memory import ClipSize
+from ltxrt.engine_store import Engines, EngineStore, backends, check_fits
 from ltxrt.errors import EngineError, RequestError
 from ltxrt.manifest import NETWORK_NAMES
+from ltxrt.shapes import PixelShape
 from ltxrt.testing import fake_engines
+from ltxrt.testing_device import HOST_GPU
 from ltxrt.timing import Timings
+
+NO_GPU = Machine(no_gpu="no NVIDIA driver")
+GPU_MACHINE = Machine(gpu=HOST_GPU, no_tensorrt="TensorRT is not installed")
 
 
 @pytest.fixture
@@ -93,12 +101,91 @@ def test_backends_say_why_they_are_off(store):
     found = {backend.name: backend for backend in backends()}
     assert found["onnxruntime-cpu"].available
     assert all(backend.reason and "\n" not in backend.reason for backend in found.values())
-    assert [name for name, backend in found.items() if backend.available] == ["onnxruntime-cpu"]
-    assert store.backend == found["onnxruntime-cpu"]
+    if this_machine().gpu is None:
+        assert [name for name, backend in found.items() if backend.available] == ["onnxruntime-cpu"]
+        assert store.backend == found["onnxruntime-cpu"]
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_backend_whose_package_is_missing_says_so(monkeypatch, installed):
-    monkeypatch.setattr(engine_store.util, "find_spec", lambda name: object() if installed else None)
-    (tensorrt,) = [backend for backend in backends() if backend.name == "tensorrt"]
-    assert ("the Python package tensorrt is not installed" in tensorrt.reason) is not installed
+# --- precisions ---
+
+
+def edited(folder, **precisions):
+    """The toy bundle with other precisions by network key, its graphs as they are."""
+    manifest = folder / "manifest.json"
+    data = json.loads(manifest.read_text("utf-8"))
+    for key, precision in precisions.items():
+        data["networks"][key]["precision"] = precision
+    manifest.write_text(json.dumps(data), "utf-8")
+    return Bundle.open(folder)
+
+
+def test_a_bf16_network_on_a_cpu(toy_bundle):
+    opened = edited(toy_bundle, **{"denoiser-key": "bf16"})
+    with pytest.raises(EngineError) as caught:
+        EngineStore(opened, machine=NO_GPU).engines("high")
+    assert str(caught.value) == (
+        "denoiser: preset high is of precision bf16, for which ONNX Runtime has no CPU kernels: run it on an NVIDIA "
+        "GPU, or export the bundle with --backend cpu"
+    )
+
+
+def test_the_presets_that_a_cpu_can_run_are_named(toy_bundle):
+    opened = edited(toy_bundle, **{"denoiser-key": "bf16"})
+    networks = dict(opened.manifest.networks)
+    networks["fp32-denoiser"] = networks["denoiser-key"].model_copy(update={"precision": "fp32"})
+    presets = {**opened.manifest.presets, "low": {**opened.manifest.presets["low"], "denoiser": "fp32-denoiser"}}
+    manifest = opened.manifest.model_copy(update={"networks": networks, "presets": presets})
+    store = EngineStore(replace(opened, manifest=manifest), machine=NO_GPU)
+    with pytest.raises(EngineError, match="no CPU kernels: choose video_quality low, or run it on an NVIDIA GPU"):
+        store.engines("high")
+    assert store.engines("low").denoiser.name == "denoiser"
+
+
+def test_what_a_cpu_has_no_kernel_for_is_said_the_same_way(toy_bundle, monkeypatch):
+    def refuses(name, *arguments, **options):
+        raise EngineError(f"{name}: ONNX Runtime cannot load x.onnx: Could not find an implementation for MatMul(13)")
+
+    monkeypatch.setattr(engine_store, "OnnxEngine", refuses)
+    with pytest.raises(
+        EngineError, match="preset high is of precision fp32, for which ONNX Runtime has no CPU kernels"
+    ):
+        EngineStore(Bundle.open(toy_bundle), machine=NO_GPU).engines("high")
+
+
+# --- a backend by name ---
+
+
+def test_a_backend_by_name(toy_bundle):
+    opened = Bundle.open(toy_bundle)
+    assert EngineStore(opened, backend="onnxruntime-cpu", machine=GPU_MACHINE).backend.name == "onnxruntime-cpu"
+    with pytest.raises(EngineError, match="tensorrt is off: no NVIDIA driver"):
+        EngineStore(opened, backend="tensorrt", machine=NO_GPU)
+    with pytest.raises(EngineError, match="backend: 'cuda' is not allowed; allowed: auto, tensorrt, onnxruntime-cuda"):
+        EngineStore(opened, backend="cuda", machine=NO_GPU)
+
+
+def test_nothing_is_asked_of_the_gpu_where_the_cpu_runs(toy_bundle, monkeypatch):
+    monkeypatch.setattr(engine_store, "GpuStore", lambda *_, **__: pytest.fail("the GPU was opened"))
+    store = EngineStore(Bundle.open(toy_bundle), machine=NO_GPU)
+    check_fits(store, "high", ClipSize(PixelShape(481, 2048, 2048), Fraction(24)))
+    check_fits(object(), "high", ClipSize(PixelShape(481, 2048, 2048), Fraction(24)))
+    store.engines("high")
+
+
+def test_the_gpu_s_engines_are_asked_for_once_a_call(toy_bundle, monkeypatch):
+    asked = []
+
+    class Gpu:
+        def __init__(self, bundle, machine, *, compiled):
+            asked.append(compiled)
+
+        def engines(self, preset):
+            asked.append(preset)
+            return {name: getattr(fake_engines(), name) for name in NETWORK_NAMES}
+
+    monkeypatch.setattr(engine_store, "GpuStore", Gpu)
+    store = EngineStore(Bundle.open(toy_bundle), machine=GPU_MACHINE)
+    assert store.backend.name == "onnxruntime-cuda"
+    assert store.engines("high").denoiser.name == "denoiser"
+    store.engines("low")
+    assert asked == [False, "high", "low"]
