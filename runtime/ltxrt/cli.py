@@ -285,7 +285,7 @@ def _make(request: Request, output: Path, opening: dict[str, Any], *, as_json: b
     from .result import STAGES, Progress, Result
 
     pipeline = Pipeline.open(**opening)
-    typer.echo(engine_line(pipeline.store.backend, backends()), err=True)
+    typer.echo(engine_line(pipeline.store.backend, backends(pipeline.bundle)), err=True)
     result: Result | None = None
     # Closing cleans up, also where an interruption comes between two events.
     with closing(pipeline.render_events(request, output)) as events, reporter(STAGES) as progress:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .clip_file import ClipFile, check_destination
 from .clip_memory import ClipSize
+from .clip_memory import ClipSize
 from .decode import VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
 from .engine import Tensor
-from .engine_store import Engines, EngineStore
+from .engine_store import Engines, EngineStore, check_fits
 from .latent import to_grid
 from .mux import FragmentMuxer, MuxOptions
 from .plan import Plan, plan_clip
@@ -114,6 +115,7 @@ class Pipeline:
         timings = Timings()
         with timings.stage("plan"):
             plan = plan_clip(request, self.bundle)
+            check_fits(self.store, plan.preset.name, ClipSize(plan.canvas, plan.rate))
             if isinstance(self.store, EngineStore):  # which may know what fits
                 self.store.check(plan.preset.name, ClipSize(plan.canvas, plan.rate))
         return self._events(plan, timings)
