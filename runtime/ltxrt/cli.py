@@ -233,6 +233,8 @@ def serve(  # noqa: PLR0913  # the flags that most servers need; --set gives the
     port: Annotated[int | None, typer.Option("--port", help="Port; 8000, and 0 takes a free one.")] = None,
     api_key_file: Annotated[str | None, typer.Option("--api-key-file", help="File with one key a line.")] = None,
     no_auth: Annotated[bool | None, typer.Option("--no-auth", help="No keys; on a loopback address only.")] = None,
+    ray: Annotated[bool | None, typer.Option("--ray", help="Workers on a Ray cluster; needs --redis.")] = None,
+    redis: Annotated[str | None, typer.Option("--redis", help="Redis with the jobs of several front ends.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as NAME=VALUE.")] = None,
 ) -> None:
@@ -240,7 +242,7 @@ def serve(  # noqa: PLR0913  # the flags that most servers need; --set gives the
     from .serve.settings import load_settings
 
     flags: dict[str, Any] = {"bundle": None if bundle is None else str(bundle), "data": data, "host": host}
-    flags |= {"port": port, "api_key_file": api_key_file, "no_auth": no_auth}
+    flags |= {"port": port, "api_key_file": api_key_file, "no_auth": no_auth, "ray": ray, "redis": redis}
     for item in settings or ():
         name, _, value = item.partition("=")
         flags[name] = value

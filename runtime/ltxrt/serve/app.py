@@ -3,9 +3,11 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -20,7 +22,7 @@ from .contract import openapi_document
 from .fetch import FetchRules
 from .guard import Guard, request_id
 from .inputs import InputLimits, InputReader, UploadShelf
-from .jobs import JobLayer, JobOptions, UnavailableError
+from .jobs import JobLayer, JobOptions, PoolMaker, UnavailableError
 from .metrics import Metrics
 from .model import model_object
 from .problems import ProblemError, problem_response
@@ -33,7 +35,7 @@ from .routes_page import router as page_routes
 from .sandbox import Sandbox, SandboxLimits
 from .service import Service, service_of
 from .settings import Settings
-from .store import QueueFullError
+from .store import QueueFullError, StoreUnavailableError
 from .worker import WorkerOptions
 
 __all__ = ["create_app"]
@@ -41,6 +43,7 @@ __all__ = ["create_app"]
 _LOG = logging.getLogger("ltxrt.serve")
 _SHELF_SECONDS = 3600.0
 _TIDY_SECONDS = 60.0
+_STORE_RETRY_SECONDS = "5"
 _BY_STATUS = {404: "resource_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -79,7 +82,8 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
     app = FastAPI(title="ltxrt", summary="Audio to video", lifespan=life, docs_url=None, redoc_url=None)
     for router in (hub_routes, openai_routes, fal_routes, file_routes, operations_routes, page_routes):
         app.include_router(router)
-    for kind in (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, HTTPException):
+    refusals = (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, StoreUnavailableError)
+    for kind in (*refusals, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Exception, _failed)
     app.openapi = lambda: openapi_document(app)
@@ -112,6 +116,8 @@ def _problem(request: Request, error: Exception) -> ProblemError:
         case UnavailableError():
             wait = {"Retry-After": str(service_of(request).jobs.seconds_until_free())}
             return ProblemError("draining", "try again on another server, or later", headers=wait)
+        case StoreUnavailableError():
+            return ProblemError("store_unavailable", "try again later", headers={"Retry-After": _STORE_RETRY_SECONDS})
         case HTTPException():
             kind = _BY_STATUS.get(error.status_code, "bad_request")
             headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
@@ -138,9 +144,33 @@ def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptio
         warm_up=settings.warm_up,
         retention_seconds=settings.retention_seconds,
         timeout_seconds=settings.job_timeout_seconds,
+        redis=settings.redis,
+        lease_seconds=settings.lease_seconds,
     )
-    devices = settings.devices or (None,) * settings.slots
-    return JobOptions(worker=worker, devices=devices, max_queued=settings.max_queued, on_end=metrics.ended)
+    return JobOptions(
+        worker=worker,
+        devices=settings.devices or (None,) * settings.slots,
+        max_queued=settings.max_queued,
+        on_end=metrics.ended,
+        make_pool=_ray_pool(settings) if settings.ray else None,
+    )
+
+
+def _ray_pool(settings: Settings) -> PoolMaker:
+    if settings.ray_address is None:
+        # Ray reads this switch on import, and has no other by which a cluster of one machine keeps to loopback.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from .ray_pool import RayOptions, RayPool
+
+    options = RayOptions(
+        address=settings.ray_address,
+        gpus=settings.ray_gpus,
+        min_replicas=settings.ray_min_replicas,
+        max_replicas=settings.ray_max_replicas,
+        target_ongoing=settings.ray_target_ongoing,
+        idle_seconds=settings.ray_idle_seconds,
+    )
+    return partial(RayPool, options)
 
 
 def _input_limits(settings: Settings) -> InputLimits:

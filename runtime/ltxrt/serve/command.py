@@ -7,10 +7,11 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import uvicorn
 
-from ..errors import OutputError
+from ..errors import OutputError, RequestError
 from .app import create_app
 from .logs import set_up_logs
 from .service import Service
@@ -29,6 +30,7 @@ def serve(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle"
     Raises:
         LtxrtError: The server cannot be set up.
     """
+    _check_extras(settings)
     set_up_logs(settings.log_level)
     app = create_app(settings, factory=factory)
     with _listening(settings) as listener:
@@ -44,6 +46,13 @@ def serve(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle"
         )
         server = _Server(config, lambda: app.state.service, settings.drain_seconds)
         asyncio.run(server.serve(sockets=[listener]))
+
+
+def _check_extras(settings: Settings) -> None:
+    for name in ("ray", "redis"):
+        if getattr(settings, name) and find_spec(name) is None:
+            shown = True if name == "ray" else "(hidden)"
+            raise RequestError(name, shown, f"with the {name} extra only: pip install 'ltxrt[{name}]'")
 
 
 class _Server(uvicorn.Server):

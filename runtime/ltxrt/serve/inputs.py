@@ -7,6 +7,7 @@ import binascii
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -79,8 +80,9 @@ class UploadShelf:
     def remove_older(self, than: float) -> None:
         """Remove files that were last written before a time."""
         for path in self._folder.iterdir():
-            if path.stat().st_mtime < than:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another front end was faster
+                if path.stat().st_mtime < than:
+                    path.unlink()
 
 
 class InputReader:

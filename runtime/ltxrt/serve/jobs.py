@@ -30,7 +30,7 @@ from .store import QueueFullError, StoreUnavailableError
 from .store_protocol import SharedStore, Store
 from .worker import WorkerOptions
 
-__all__ = ["JobLayer", "JobOptions", "UnavailableError"]
+__all__ = ["JobLayer", "JobOptions", "PoolMaker", "UnavailableError"]
 
 _LOG = logging.getLogger("ltxrt.serve")
 _JANITOR_SECONDS = 30.0

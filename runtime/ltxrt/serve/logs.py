@@ -23,7 +23,9 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in _OWN}
+        # Underscores: libraries mark every record of the process as theirs.
+        extra = {name: value for name, value in vars(record).items() if name not in _OWN}
+        line |= {name: value for name, value in extra.items() if not name.startswith("_")}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -52,7 +52,10 @@ class Slot:
 class Pool(Protocol):
     """The workers, wherever they are."""
 
-    slots: tuple[Slot, ...]
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """A place for each."""
+        ...
 
     @property
     def ready(self) -> bool:

@@ -28,6 +28,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "queue_full": (503, "Too many jobs wait"),
     "uploads_full": (503, "Too many uploads lie ready"),
     "draining": (503, "The server is about to end"),
+    "store_unavailable": (503, "The job store does not answer"),
     "not_ready": (503, "The server is not ready"),
 }
 

@@ -32,6 +32,7 @@ async def ready(request: Request) -> Response:
     if not jobs.pool.ready:
         waiting = sum(not slot.ready for slot in jobs.pool.slots)
         raise ProblemError("not_ready", f"{waiting} of {len(jobs.pool.slots)} workers are not ready")
+    jobs.store.count("queued")  # refuses where a shared store does not answer
     return JSONResponse({"status": "ready"})
 
 

@@ -15,6 +15,8 @@ from .addresses import Network
 __all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
 
 ENVIRONMENT_PREFIX = "LTXRT_"
+# An address of Redis may hold its password.
+_SECRET = ("api_keys", "redis")
 
 
 def _split(value: Any) -> Any:
@@ -51,11 +53,26 @@ class Settings(BaseModel):
     slots: Annotated[Count, Field(description="Worker processes, each with the model.")] = 1
     devices: Annotated[Words, Field(description="GPUs: one worker each, in place of slots.")] = ()
     threads: Annotated[int, Field(ge=0, description="CPU threads of an operator; 0 uses every core.")] = 0
-    warm_up: Annotated[Words, Field(description="Presets that are run once before the server is ready.")] = ("high",)
-    max_queued: Annotated[Count, Field(description="Jobs that may wait.")] = 100
     prompt_cache: Annotated[str, Field(description="Where encoded prompts are kept: memory, off, or a folder.")] = (
         "memory"
     )
+    warm_up: Annotated[Words, Field(description="Presets that are run once before the server is ready.")] = ("high",)
+    redis: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(redis|rediss|unix)://",
+            description="Redis with the jobs of several front ends: redis://, rediss:// or unix://.",
+        ),
+    ] = None
+    lease_seconds: Annotated[Seconds, Field(description="With redis: how long a silent worker counts as alive.")] = 30.0
+    ray: Annotated[bool, Field(description="Run the workers on a Ray cluster; needs redis.")] = False
+    ray_address: Annotated[str | None, Field(description="The cluster to join; none starts one here.")] = None
+    ray_gpus: Annotated[int | None, Field(ge=0, description="GPUs of a replica; 1 where the cluster has any.")] = None
+    ray_min_replicas: Annotated[int, Field(ge=0, description="Replicas that always run.")] = 1
+    ray_max_replicas: Annotated[Count, Field(description="Replicas that run at most.")] = 1
+    ray_target_ongoing: Annotated[float, Field(gt=0, description="Unfinished jobs for each replica.")] = 1.0
+    ray_idle_seconds: Annotated[Seconds, Field(description="How long replicas are kept for nothing.")] = 300.0
+    max_queued: Annotated[Count, Field(description="Jobs that may wait.")] = 100
     max_jobs_per_key: Annotated[Count, Field(description="Unfinished jobs of one key.")] = 20
     max_frames_times_pixels: Annotated[Count, Field(description="Largest clip: frames times width times height.")] = (
         481 * 2048 * 2048
@@ -80,6 +97,14 @@ class Settings(BaseModel):
             raise ValueError("no_auth: allowed on a loopback address only")
         if not (self.no_auth or self.api_keys or self.api_key_file):
             raise ValueError("api_keys: none; give api_key_file or api_keys, or no_auth on a loopback address")
+        return self
+
+    @model_validator(mode="after")
+    def _ray_and_redis(self) -> Self:
+        if self.ray and self.redis is None:
+            raise ValueError("redis: needed with ray: the job store that replicas on other machines reach")
+        if self.ray_min_replicas > self.ray_max_replicas:
+            raise ValueError(f"ray_min_replicas: at most ray_max_replicas, {self.ray_max_replicas}")
         return self
 
     def keys(self) -> tuple[str, ...]:
@@ -130,7 +155,7 @@ def _refusal(error: ValidationError, merged: Mapping[str, Any]) -> RequestError:
     field = str(found["loc"][0])
     if field not in Settings.model_fields:
         return RequestError(field, merged.get(field), f"only the settings {', '.join(Settings.model_fields)}")
-    shown = "(hidden)" if field == "api_keys" else merged.get(field)
+    shown = "(hidden)" if field in _SECRET else merged.get(field)
     return RequestError(field, shown, f"{Settings.model_fields[field].description} ({found['msg']})")
 
 

@@ -111,10 +111,7 @@ class SharedStore(Store, Protocol):
 
     A worker's claim holds for the length of a lease, and it renews the lease while it lives. Once the lease has run
     out, whoever looks queues the job again: once, with the same seed; the second time it fails. A worker's name that
-    begins with ``SERVER/`` belongs to that front end.
-
-    A ticket stands for a call that a front end has sent for a worker and that has not been answered. Its name is the
-    name under which the worker that takes the call claims a job.
+    begins with ``SERVER/`` is of that front end.
     """
 
     def renew(self, worker: str) -> None:
@@ -135,18 +132,6 @@ class SharedStore(Store, Protocol):
 
     def take_ended(self) -> list[str]:
         """Jobs that have ended; each is told to one front end, once."""
-        ...
-
-    def issue(self, most: int) -> list[str]:
-        """New tickets: as many as jobs wait without one, over all front ends, but at most so many."""
-        ...
-
-    def keep(self, tickets: list[str]) -> None:
-        """Those calls are still on their way."""
-        ...
-
-    def withdraw(self, ticket: str) -> None:
-        """That call is over."""
         ...
 
     def changes(self) -> AsyncGenerator[tuple[str, str]]:

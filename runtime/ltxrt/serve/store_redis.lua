@@ -13,7 +13,6 @@
 --   ended              jobs whose end no front end has seen to
 --   recent             how long the last clips took
 --   leases             workers by the time up to which they count as alive
---   tickets            calls for a worker that have not been answered, so too
 --   held:SERVER        that front end's workers take no jobs
 --   claim:NONCE        what a call of claim took, should it be repeated
 
@@ -191,7 +190,6 @@ function op.reclaim()
   end)
   for _, id in ipairs(lost) do lose(id) end
   call('ZREMRANGEBYSCORE', key('leases'), '-inf', exactly(now))
-  call('ZREMRANGEBYSCORE', key('tickets'), '-inf', exactly(now))
   return lost
 end
 
@@ -241,7 +239,6 @@ end
 function op.last_event() return tonumber(call('GET', key('number')) or 0) end
 
 function op.claim(worker, nonce)
-  call('ZREM', key('tickets'), worker)
   local again = call('GET', key('claim', nonce))
   if again then return job(again) end
   if call('EXISTS', key('held', server_of(worker))) == 1 then return {} end
@@ -276,23 +273,5 @@ end
 function op.renew(worker) call('ZADD', key('leases'), exactly(now + lease), worker) end
 
 function op.workers() return call('ZCOUNT', key('leases'), '(' .. exactly(now), '+inf') end
-
--- As many new tickets as jobs wait without one, over all front ends.
-function op.issue(most)
-  if call('EXISTS', key('held', server)) == 1 then return {} end
-  local waiting = call('ZCARD', key('state', 'queued')) - call('ZCOUNT', key('tickets'), '(' .. exactly(now), '+inf')
-  local issued = {}
-  for index = 1, math.min(waiting, tonumber(most)) do
-    issued[index] = server .. '/' .. call('INCR', key('ticket'))
-    call('ZADD', key('tickets'), exactly(now + lease), issued[index])
-  end
-  return issued
-end
-
-function op.keep(...)
-  for _, ticket in ipairs({...}) do call('ZADD', key('tickets'), 'XX', exactly(now + lease), ticket) end
-end
-
-function op.withdraw(ticket) call('ZREM', key('tickets'), ticket) end
 
 return op[ARGV[1]](unpack(ARGV, 5))

@@ -31,7 +31,6 @@ _PREFIX = "{ltxrt}:"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2.0, 5.0
 # A front end's event loop waits for no store that is gone; a worker that has half made a clip does, for about a minute.
 _HASTY, _PATIENT = Retry(NoBackoff(), 1), Retry(ExponentialBackoff(cap=5, base=0.1), 16)
-_MOST_TICKETS_AT_ONCE = 500
 _WHOLE = ("attempts", "step", "steps")
 _SECONDS = ("progress", "seconds_left", "created_at", "started_at", "completed_at", "expires_at")
 _PLAIN = ("stage", "error_type", "error_message", "idempotency_key")
@@ -220,19 +219,6 @@ class RedisStore:
     def take_ended(self) -> list[str]:
         """See ``SharedStore``."""
         return self._call("take_ended")
-
-    def issue(self, most: int) -> list[str]:
-        """See ``SharedStore``."""
-        return self._call("issue", most)
-
-    def keep(self, tickets: list[str]) -> None:
-        """See ``SharedStore``."""
-        for start in range(0, len(tickets), _MOST_TICKETS_AT_ONCE):
-            self._call("keep", *tickets[start : start + _MOST_TICKETS_AT_ONCE])
-
-    def withdraw(self, ticket: str) -> None:
-        """See ``SharedStore``."""
-        self._call("withdraw", ticket)
 
     async def changes(self) -> AsyncGenerator[tuple[str, str]]:
         """See ``SharedStore``."""
