@@ -65,7 +65,8 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None]:
         async with JobLayer(_job_options(settings, metrics, factory)).running() as jobs:
-            sandbox = Sandbox(SandboxLimits(audio_seconds=settings.max_audio_seconds))
+            limits = SandboxLimits(audio_seconds=settings.max_audio_seconds)
+            sandbox = Sandbox(limits, jobs.incoming_folder.with_name("sandbox"))
             sandbox.prepare()
             shelf = UploadShelf(jobs.incoming_folder.with_name("uploads"), settings.max_uploads)
             inputs = InputReader(_input_limits(settings), sandbox, shelf)
@@ -87,7 +88,8 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Exception, _failed)
     app.openapi = lambda: openapi_document(app)
-    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+    caps = {"max_body_bytes": settings.max_body_bytes, "max_body_seconds": settings.max_body_seconds}
+    app.add_middleware(Guard, **caps, metrics=metrics)
     return app
 
 

@@ -65,7 +65,14 @@ _PAGES = (
     _parameter("query", "order", "By time.", enum=["asc", "desc"]),
 )
 _SUBMIT = (
-    *("bad_request", "resource_not_found", "body_too_large", "unsupported_media_type", "invalid_params"),
+    *(
+        "bad_request",
+        "resource_not_found",
+        "body_too_slow",
+        "body_too_large",
+        "unsupported_media_type",
+        "invalid_params",
+    ),
     *("invalid_media", "idempotency_mismatch", "too_many_jobs", "queue_full", "draining"),
 )
 _WAIT = (*_SUBMIT, "cancelled", "generation_failed")
@@ -117,7 +124,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/models"): Operation(success=_json("Models")),
     ("post", "/v1/uploads"): Operation(
         success=_json("Upload", 201),
-        refusals=("bad_request", "body_too_large", "uploads_full"),
+        refusals=("bad_request", "body_too_slow", "body_too_large", "uploads_full"),
         body={"required": True, "content": {"application/octet-stream": {}}},
     ),
     ("get", "/files/{job_id}/{token}/clip.mp4"): Operation(

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -25,6 +26,7 @@ _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _CHUNK_BYTES = 1 << 16
 _LONGEST_URL = 8192
+_MOST_ADDRESSES = 4  # of a host; one with a thousand that never answer would keep a thread for hours
 
 
 class FetchError(Exception):
@@ -83,10 +85,16 @@ class _Clock:
     def __init__(self, seconds: float) -> None:
         self.over = False
         self.seconds = seconds
+        self._end_at = time.monotonic() + seconds
         self._socket: socket.socket | None = None
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
         self._timer.start()
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; never 0, which a socket would take for something else."""
+        return max(0.001, self._end_at - time.monotonic())
 
     def guard(self, connected: socket.socket) -> None:
         """Watch this socket from now on."""
@@ -130,10 +138,12 @@ class _PinnedConnection(http.client.HTTPConnection):
 
     def _reach(self) -> socket.socket:
         """A connection to the first address that takes one."""
-        for address in self._addresses[:-1]:
+        *others, last = self._addresses[:_MOST_ADDRESSES]
+        for address in others:
             with suppress(OSError):
-                return socket.create_connection((address, self.port), timeout=self._clock.seconds / 4)
-        return socket.create_connection((self._addresses[-1], self.port), timeout=self._clock.seconds)
+                patience = min(self._clock.seconds / _MOST_ADDRESSES, self._clock.left)
+                return socket.create_connection((address, self.port), timeout=patience)
+        return socket.create_connection((last, self.port), timeout=self._clock.left)
 
 
 def _checked(url: str, rules: FetchRules) -> SplitResult:

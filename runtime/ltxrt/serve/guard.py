@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Around every exchange: a cap on the body, a request id, security headers, one log line, one count."""
 
+import asyncio
 import logging
 import re
 import time
@@ -27,8 +28,13 @@ _HEADERS = {
 _SECRET_PATH = re.compile(r"^(/files/[^/]+)/.*")
 
 
-class _TooLargeError(Exception):
-    """The body is larger than allowed."""
+class _BodyRefusedError(Exception):
+    """The body is larger than allowed, or takes longer to come."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        # The rest of the body is not read, so that nothing else can come over this connection.
+        self.problem = ProblemError(kind, detail, headers={"Connection": "close"})
 
 
 def request_id(scope: Scope) -> str:
@@ -42,11 +48,13 @@ class Guard:
     Args:
         app: What it guards.
         max_body_bytes: Cap on every request's body.
+        max_body_seconds: Cap on the time from its first byte to its last.
         metrics: Where answers are counted.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
-        self._app, self._max_body_bytes, self._metrics = app, max_body_bytes, metrics
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_body_seconds: float, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_body_bytes, self._max_body_seconds = max_body_bytes, max_body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -56,15 +64,7 @@ class Guard:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         wanted = headers.get(b"x-request-id", "")
         scope["ltxrt_request_id"] = wanted if _SANE_ID.fullmatch(wanted) else token_hex(16)
-        started, status, received = time.monotonic(), 0, 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise _TooLargeError
-            return message
+        started, status = time.monotonic(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -77,16 +77,14 @@ class Guard:
             await send(message)
 
         announced = headers.get(b"content-length", "0")
-        too_large = ProblemError("body_too_large", f"at most {self._max_body_bytes} bytes are read")
         try:
             if announced.isdigit() and int(announced) > self._max_body_bytes:
-                raise _TooLargeError
-            await self._app(scope, counted, answer)
-        except _TooLargeError:
+                raise self._too_large()
+            await self._app(scope, self._counted(receive), answer)
+        except _BodyRefusedError as refused:
             if status:  # it is too late to say so
                 raise
-            too_large.headers["Connection"] = "close"
-            await problem_response(scope["path"], too_large, request_id(scope))(scope, receive, answer)
+            await problem_response(scope["path"], refused.problem, request_id(scope))(scope, receive, answer)
         finally:
             self._metrics.answered(scope["method"], status)
             details = {
@@ -98,3 +96,26 @@ class Guard:
                 "request_id": request_id(scope),
             }
             _LOG.info("request", extra=details)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """``receive`` that holds the body to its caps; after the body it waits as long as it takes."""
+        received, whole, end = 0, False, time.monotonic() + self._max_body_seconds
+
+        async def counted() -> Message:
+            nonlocal received, whole
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                raise _BodyRefusedError("body_too_slow", f"it has {self._max_body_seconds:g} s to come") from None
+            received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if received > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> _BodyRefusedError:
+        return _BodyRefusedError("body_too_large", f"at most {self._max_body_bytes} bytes are read")

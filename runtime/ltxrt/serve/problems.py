@@ -14,6 +14,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "unauthenticated": (401, "A valid key is required"),
     "resource_not_found": (404, "There is no such thing"),
     "method_not_allowed": (405, "The method is not allowed here"),
+    "body_too_slow": (408, "The body comes too slowly"),
     "not_finished": (409, "The clip is not finished"),
     "body_too_large": (413, "The body is too large"),
     "unsupported_media_type": (415, "The body's type is not read here"),

@@ -38,20 +38,32 @@ class SandboxLimits:
 
 
 class Sandbox:
-    """Turns files from callers into files of our own making: 32-bit float WAV, 8-bit RGB PNG."""
+    """Turns files from callers into files of our own making: 32-bit float WAV, 8-bit RGB PNG.
 
-    def __init__(self, limits: SandboxLimits) -> None:
+    Args:
+        limits: What reading one file may take.
+        folder: An empty folder in which the processes start, made where it is missing; a temporary one by default,
+            which a killed server would leave behind.
+    """
+
+    def __init__(self, limits: SandboxLimits, folder: Path | None = None) -> None:
         self._limits = limits
         self._turn = asyncio.Semaphore(limits.at_once)
-        self._folder = tempfile.TemporaryDirectory(prefix="ltxrt-")
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="ltxrt-")
+            folder = Path(self._temporary.name)
+        self._folder = folder
+        folder.mkdir(exist_ok=True, mode=0o700)
         self._spare: asyncio.Task[Process] | None = None
 
     async def close(self) -> None:
-        """End the waiting process and remove the empty folder."""
+        """End the waiting process; remove the folder where it is a temporary one."""
         if self._spare is not None:
             await _end(await self._spare)
             self._spare = None
-        self._folder.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def prepare(self) -> None:
         """Start the process that the next file will use."""
@@ -68,12 +80,7 @@ class Sandbox:
             MediaError: The file is refused, or reading it took more than it may.
         """
         async with self._turn:
-            self.prepare()
-            assert self._spare is not None
-            process, self._spare = await self._spare, None
-            if process.returncode is not None:  # it did not live to see its order
-                process = await self._start()
-            self.prepare()
+            process = await self._taken()
             try:
                 answer = await self._order(process, kind, source, target, field)
             finally:
@@ -82,6 +89,20 @@ class Sandbox:
             target.unlink(missing_ok=True)
             raise MediaError(field, kind, answer["problem"], answer["allowed"])
         return answer
+
+    async def _taken(self) -> Process:
+        """The waiting process; another one is started in its place."""
+        self.prepare()
+        # Taken before it is waited for: whoever reads at the same time gets a process of its own.
+        spare, self._spare = self._spare, None
+        assert spare is not None
+        self.prepare()
+        try:
+            process = await asyncio.shield(spare)
+        except asyncio.CancelledError:
+            await _end(await spare)
+            raise
+        return process if process.returncode is None else await self._start()  # it did not live to see its order
 
     async def _order(self, process: Process, kind: str, source: Path, target: Path, field: str) -> dict[str, Any]:
         order = {
@@ -112,7 +133,7 @@ class Sandbox:
             stdout=PIPE,
             stderr=DEVNULL,
             env=environment,
-            cwd=self._folder.name,
+            cwd=self._folder,
         )
 
 

@@ -23,9 +23,10 @@ _KEEP_ALIVE_SECONDS = 15.0
 # Documented clients of the hub queue a clip and listen only then. What has ended in the meantime they would wait for
 # in vain, so whoever opens the stream without saying where to go on hears of it first.
 _JUST_ENDED_SECONDS = 10.0
-# The documented shell client reads through awk, and Debian's awk sees nothing of a pipe before 4096 bytes have come.
+# The documented shell client reads through awk, and Debian's awk looks at a pipe only when 4096 bytes have come. In
+# short lines, since a long one would have it wait for twice as many from then on.
 _COMPLETED = "media_generation_completed"
-_PADDING = b":" + b" " * 4096 + b"\n\n"
+_PADDING = (b":" + b" " * 62 + b"\n") * 65 + b"\n"
 _HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 
 #: An event and its job to the event's name and data; None for what is not told.

@@ -135,6 +135,23 @@ def test_time_is_capped_however_slowly_it_comes(server, path):
         "http://2130706433/",
         "http://0x7f.1/",
         "http://0/",
+        "http://0177.0.0.1/",
+        "http://127.1/",
+        "http://0x7f000001/",
+        "http://017700000001/",
+        "http://[::]/",
+        "http://[::ffff:a9fe:a9fe]/",
+        "http://[::ffff:0:127.0.0.1]/",
+        "http://[64:ff9b::7f00:1]/",
+        "http://[2002:7f00:1::]/",
+        "http://[2001:0:7f00:1::]/",
+        "http://[fe80::1]/",
+        "http://[fe80::1%25eth0]/",
+        "http://100.64.0.1/",
+        "http://224.0.0.1/",
+        "http://240.0.0.1/",
+        "http://255.255.255.255/",
+        "http://①②⑦.⓪.⓪.①/",
         "http://[::1]/",
         "http://[::ffff:127.0.0.1]/",
         "http://[fd00:ec2::254]/",
@@ -203,6 +220,71 @@ def test_a_second_answer_of_the_resolver_changes_nothing(server):
     assert server.seen[-1][1]["Host"] == f"rebind.example:{server.server_port}"
 
 
+def test_rebinding_between_a_redirect_and_its_target(server):
+    answers = [["127.0.0.1"], ["127.0.0.2"]]
+    target = f"redirect/http://rebind.example:{server.server_port}/file"
+    with pytest.raises(FetchError, match="not public"):
+        fetch(f"http://rebind.example:{server.server_port}/{target}", io.BytesIO(), 9, LOCAL, lambda *_: answers.pop(0))
+    assert answers == []
+    assert server.seen[-1][0] == f"/{target}"
+
+
+def test_an_own_resolver_that_names_what_is_inside(monkeypatch):
+    """A name of the attacker's own, with addresses of every form that facts know of."""
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a connection was made"))
+    inside = (
+        *(
+            "127.0.0.1",
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.0.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "224.0.0.1",
+            "0.0.0.0",
+        ),
+        *(
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "fe80::1%eth0",
+            "fc00::1",
+            "fd00:ec2::254",
+            "ff02::1",
+        ),
+        *("::ffff:127.0.0.1", "::ffff:8.8.8.8", "2002:7f00:1::", "2001:0:7f00:1::", "64:ff9b::7f00:1", "::127.0.0.1"),
+    )
+    for address in inside:
+        for answer in ([address], ["8.8.8.8", address], [address, "2606:4700::1111"]):
+            with pytest.raises(FetchError, match="not public"):
+                fetch("https://attacker.example/", io.BytesIO(), 9, FetchRules(), lambda *_, answer=answer: answer)
+
+
+def test_a_host_with_many_silent_addresses_takes_no_longer_than_any(monkeypatch):
+    asked = []
+
+    def silent(address, timeout):
+        asked.append(timeout)
+        time.sleep(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    rules = FetchRules(timeout_seconds=0.4)
+    started = time.monotonic()
+    with pytest.raises(FetchError, match=r"took longer|cannot be fetched"):
+        fetch("https://many.example/", io.BytesIO(), 9, rules, lambda *_: [f"8.8.{n}.8" for n in range(200)])
+    assert len(asked) == 4
+    assert time.monotonic() - started < 2
+
+
+def test_a_handshake_that_never_comes_is_cut_off():
+    rules = FetchRules(networks=LOCAL.networks, timeout_seconds=0.3)
+    with listening(keep=0.8) as (port, _), pytest.raises(FetchError, match=r"took longer than 0\.3 s"):
+        fetch(f"https://silent.example:{port}/", io.BytesIO(), 9, rules, lambda *_: ["127.0.0.1"])
+
+
 def test_other_addresses_of_a_host_are_tried(server):
     rules = FetchRules(schemes=("http",), networks=(ip_network("127.0.0.0/8"),), timeout_seconds=5)
     target = io.BytesIO()
@@ -213,8 +295,8 @@ def test_other_addresses_of_a_host_are_tried(server):
 
 
 @contextmanager
-def listening():
-    """A socket that takes one connection and keeps what it says first."""
+def listening(keep=0.0):
+    """A socket that takes one connection, keeps what it says first, and says nothing for so long."""
     said = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -222,6 +304,7 @@ def listening():
             connection, _ = listener.accept()
             with connection:
                 said.append(connection.recv(4096))
+                time.sleep(keep)
 
         thread = threading.Thread(target=take)
         thread.start()

@@ -153,14 +153,30 @@ def test_uploads_are_the_caller_s_own_and_go_after_a_while(room, speech):
     assert not path.exists()
 
 
+def test_many_at_once_each_in_a_process_of_its_own(room, speech):
+    data = speech.read_bytes()
+
+    async def run():
+        async with reader(room.parent) as inputs:
+            reads = [inputs.read("me", io.BytesIO(data), "audio", room / f"out{number}") for number in range(8)]
+            given_up = asyncio.create_task(inputs.read("me", io.BytesIO(data), "audio", room / "given-up"))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            return await asyncio.gather(*reads)
+
+    assert asyncio.run(run()) == [{"samples": 8000, "rate": 16000}] * 8
+    assert sorted(path.name for path in room.iterdir()) == [f"out{number}" for number in range(8)]
+    assert children() == []
+
+
 def test_no_process_is_left(room, speech):
     read_all(room, [(io.BytesIO(speech.read_bytes()), "audio")] * 2)
-    children = [
-        entry
-        for entry in os.listdir("/proc")  # noqa: PTH208
-        if entry.isdigit() and _is_child(entry)
-    ]
-    assert children == []
+    assert children() == []
+
+
+def children():
+    """Processes of the sandbox that are still there."""
+    return [entry for entry in os.listdir("/proc") if entry.isdigit() and _is_child(entry)]  # noqa: PTH208
 
 
 def _is_child(process_id):

@@ -2,7 +2,9 @@
 """What an operator sees: health, readiness, metrics, ids, headers, logs; and the caps around every exchange."""
 
 import re
+import socket
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -120,6 +122,42 @@ def test_a_small_server_says_no(start_server, sound):
         many = client.post("/api/ai/queue", json=body)
         assert many.status_code in (429, 503)
         assert many.headers["retry-after"]
+
+
+def test_bodies_that_never_end(start_server, sound):
+    """One that drips and one that pours, announced and not; the server answers, hangs up and keeps nothing."""
+    caps = {"max_body_seconds": 0.5, "max_body_bytes": 100_000, "max_audio_bytes": 50_000, "max_image_bytes": 50_000}
+    head = "POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+    chunked, long = "Transfer-Encoding: chunked\r\n\r\n", "Content-Length: 90000\r\n\r\n"
+    cases = (
+        *(("/v1/uploads", chunked, b"1\r\nx\r\n", 0.05, b" 408 "), ("/v1/uploads", long, b"x", 0.05, b" 408 ")),
+        *(("/api/ai/queue", chunked, b"1\r\n \r\n", 0.05, b" 408 "), ("/v1/videos", long, b" ", 0.05, b" 408 ")),
+        ("/v1/uploads", chunked, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", 0, b" 413 "),
+        ("/api/ai/queue", chunked, b"1000\r\n" + b" " * 0x1000 + b"\r\n", 0, b" 413 "),
+    )
+    with start_server(**caps) as server:
+        port = int(server.url.rpartition(":")[2])
+        for path, length, piece, pause, status in cases:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall((head.format(path=path) + length).encode())
+                answer = poured(connection, piece, pause)
+            assert status in answer.partition(b"\r\n")[0] + b" ", (path, answer)
+        with server.client() as client:
+            assert client.get("/health").status_code == 200
+        assert [list((server.data / name).iterdir()) for name in ("incoming", "uploads")] == [[], []]
+
+
+def poured(connection, piece, pause):
+    """Send until the other side has had enough; what it said."""
+    connection.setblocking(False)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with suppress(BlockingIOError):
+            return connection.recv(4096)
+        with suppress(OSError):
+            connection.send(piece)
+        time.sleep(pause)
+    raise AssertionError("it listens for ever")
 
 
 def test_unknown_paths_give_problem_details(client):
