@@ -69,13 +69,17 @@ class ClipMemory:
 
     Attributes:
         size: Of the clip.
-        plan: Weights first, then everything else by phase; steps are indices into ``PHASES``.
+        plan: Weights first, then inputs and outputs by phase, then the working memory that all engines share; steps
+            are indices into ``PHASES``. The runtime draws inputs and outputs from CUDA's pool rather than from these
+            places; they show what the pool has to hold at once.
+        working: Working memory that the engine of each phase asks for.
         measured: Whether working memory is the engines' own figure throughout.
         process_bytes: What CUDA takes beside.
     """
 
     size: ClipSize
     plan: ArenaPlan
+    working: Mapping[str, int]
     measured: bool
     process_bytes: int
 
@@ -109,6 +113,7 @@ def clip_memory(
     compiled = engines or {}
     networks = {name: bundle.network(preset, name) for name in dict.fromkeys(PHASES.values())}
     requests = list(_weights(bundle, networks, compiled, release_text=release_text))
+    working: dict[str, int] = {}
     measured = True
     for step, (phase, name) in enumerate(PHASES.items()):
         network = networks[name]
@@ -118,11 +123,12 @@ def clip_memory(
         requests.append(MemoryRequest(f"{phase} inputs", _bytes(network.inputs, sizes), first, last))
         kept_until = _ORDER.index(_LAST_READER[phase])
         requests.append(MemoryRequest(f"{phase} outputs", _bytes(network.outputs, sizes), step, kept_until))
-        working = _measured_bytes(compiled.get(name), sizes)
-        measured = measured and working is not None
-        estimate = _estimated_bytes(bundle, network, sizes) if working is None else working
-        requests.append(MemoryRequest(f"{phase} working memory", estimate, step, step))
-    return ClipMemory(size, plan_arena(requests), measured, int(_model()["fixed"]["process_bytes"]))
+        reported = _measured_bytes(compiled.get(name), sizes)
+        measured = measured and reported is not None
+        working[phase] = _estimated_bytes(bundle, network, sizes) if reported is None else reported
+    # One block for all engines, which does not shrink: see ``memory.Scratch``.
+    requests.append(MemoryRequest("working memory of all engines", max(working.values()), 0, _END))
+    return ClipMemory(size, plan_arena(requests), working, measured, int(_model()["fixed"]["process_bytes"]))
 
 
 def largest_that_fits(size: ClipSize, fits: "Fits") -> ClipSize | None:
