@@ -168,14 +168,25 @@ def inspect(
     bundle: Annotated[
         Path | None, typer.Argument(help="Folder of the bundle; the tiny one otherwise.", show_default=False)
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show what a clip takes of a GPU's memory instead; no hashing.")
+    ] = False,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="For --memory: WIDTHxHEIGHTxFRAMES.", show_default="automatic size")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="For --memory.", show_default="high")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what a bundle holds and check every hash."""
     from .bundle import Bundle
     from .cli_progress import reporter
-    from .inspection import bundle_json, bundle_lines, hash_large_files
+    from .inspection import bundle_json, bundle_lines, hash_large_files, memory_json, memory_lines, planned_memory
 
     opened = Bundle.open(bundle)
+    if memory:
+        planned = planned_memory(opened, preset, clip)
+        emit(memory_json(planned) if as_json else memory_lines(planned))
+        return
     with reporter() as progress:
         for step in hash_large_files(opened):
             progress.show(step)
