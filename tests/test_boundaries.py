@@ -22,7 +22,7 @@ FORBIDDEN = {
 LEAVES = {"errors": set[str](), "shapes": {"errors"}, "preset": {"errors"}}
 #: Layers of the runtime, highest first; a module, or a folder of them, imports from its own layer or from below.
 LAYERS = (
-    {"__main__", "cli", "cli_process", "cli_progress", "cli_report", "doctor", "inspection"},
+    {"__main__", "cli", "cli_bench", "cli_process", "cli_progress", "cli_report", "doctor", "inspection"},
     {"serve"},
     {"testing"},
     {"pipeline"},

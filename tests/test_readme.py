@@ -99,7 +99,7 @@ def test_every_command_is_listed(capsys):
     commands = re.findall(
         r"^  (\w+) ", capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0], re.MULTILINE
     )
-    assert len(commands) == 7
+    assert len(commands) == 8
     assert all(re.search(rf"^ltxrt {command} ", README, re.MULTILINE) for command in commands)
 
 

@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Gemma, Upsampler
 from .networks.denoiser import Semantics
 from .networks.spec import NetworkSpec, random_feeds
 
-__all__ = ["REFERENCES", "ModelSources", "Reference", "denoise_velocity", "log_mel"]
+__all__ = ["REFERENCES", "ModelSources", "Reference", "denoise_velocity", "log_mel", "velocity_of"]
 
 Arrays = Mapping[str, NDArray[Any]]
 Sizes = Mapping[str, int]
@@ -203,19 +203,26 @@ def _own_timesteps(model: Any, video: Tensor, audio: Tensor) -> Generator[None]:
 def denoise_velocity(
     model: Any, feeds: Arrays, coordinates: tuple[Tensor, Tensor], semantics: Semantics
 ) -> NDArray[np.float32]:
+    """``velocity_of`` for arrays."""
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feeds.items()}
+    return velocity_of(model, tensors, coordinates, semantics).numpy()
+
+
+def velocity_of(
+    model: Any, tensors: Mapping[str, Tensor], coordinates: tuple[Tensor, Tensor], semantics: Semantics
+) -> Tensor:
     """Velocity [1, Nv, channels] of the diffusers DiT for frozen audio, by the rules of ``semantics``.
 
     Args:
         model: ``LTX2VideoTransformer3DModel``.
-        feeds: The denoiser network's feeds; RoPE tables among them are not used.
+        tensors: The denoiser network's feeds, on the model's device; RoPE tables among them are not used.
         coordinates: Patch bounds of video [1, 3, Nv, 2] and audio [1, 1, Na, 2], as the class prepares them.
         semantics: Modulation rules.
     """
     scale = float(model.config.timestep_scale_multiplier)
-    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feeds.items()}
     sigma = tensors["sigma"] * scale
     video_timestep = tensors["mask"][..., 0] * sigma
-    audio_timestep = torch.zeros(1, tensors["audio_tokens"].shape[1])
+    audio_timestep = torch.zeros(1, tensors["audio_tokens"].shape[1], device=sigma.device)
     with ExitStack() as stack:
         if semantics is not Semantics.R1:
             stack.enter_context(_own_timesteps(model, video_timestep, audio_timestep))
@@ -233,7 +240,7 @@ def denoise_velocity(
             use_cross_timestep=True,
             return_dict=False,
         )
-    return video.numpy()
+    return video
 
 
 def _denoiser(sources: ModelSources, spec: NetworkSpec) -> Reference:

@@ -212,6 +212,33 @@ def verify(
 
 
 @app.command()
+def bench(  # noqa: PLR0913  # one parameter per choice
+    bundle: BundleFlag = None,
+    frames: Annotated[int, typer.Option("--frames", help="Frames of the clip, at 24 a second.")] = 121,
+    resolution: Annotated[str, _field("resolution", "--resolution")] = "256x256",
+    video_quality: Annotated[str, _field("video_quality", "--video-quality")] = _default("video_quality"),
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Recorded runs, after one that is not.")] = 5,
+    threads: ThreadsFlag = 0,
+    prompt_cache: PromptCacheFlag = "off",
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure how long clips take: stages, first fragment, memory, time to ready."""
+    from .cli_bench import BenchOptions, run_bench
+
+    options = BenchOptions(
+        bundle=bundle,
+        frames=frames,
+        resolution=resolution,
+        video_quality=video_quality,
+        repeats=repeats,
+        threads=threads,
+        prompt_cache=prompt_cache,
+    )
+    report = run_bench(options)
+    emit(report.as_json() if as_json else report.lines())
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Say what this machine can run, and why not more."""
     from .cli_report import columns

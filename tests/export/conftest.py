@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
-from tokenizers import Tokenizer
-from transformers.audio_utils import mel_filter_bank
 
 from ltxrt.bundle import Bundle
-from ltxrt.encoders import Conditioning
-from ltxrt.image import first_frame
-from ltxrt.latent import to_grid
-from ltxrt.noise import gaussian
 from ltxrt.rope import RopeGrid, rope_tables
-from ltxrt.shapes import LatentShape, PixelShape
+from ltxrt.shapes import LatentShape
 from ltxrt_export import architecture, keys
 from ltxrt_export.denoiser_graph import export_denoiser
 from ltxrt_export.exporter import ExportStep, Sources, export_bundle, network_specs
 from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.onnx_export import export_model
-from ltxrt_export.references import denoise_velocity, log_mel
 from ltxrt_export.tiny.config import checkpoint_config
 from ltxrt_export.tiny.weights import random_tensor
 from ltxrt_export.tiny_bundle import TINY_OPTIONS, shipped_tiny
+from ltxrt_export.torch_pipeline import TorchPipeline
 
 #: Frames a second of every test of the denoiser.
 RATE = Fraction(24)
@@ -55,133 +48,9 @@ def shipped_specs(shipped_sources: Sources) -> Mapping[str, NetworkSpec]:
     return network_specs(shipped_sources, Semantics.R3)[0]
 
 
-@dataclass(frozen=True)
-class TorchPipeline:
-    """The way from a request to its frames, assembled from the diffusers and transformers classes.
-
-    Every class has the weights of the very files that the shipped bundle holds.
-    """
-
-    context: int
-    tokenizer: Tokenizer
-    text_model: Any
-    connectors: Any
-    audio_config: Any
-    audio_vae: Any
-    vae: Any
-    transformer: Any
-    upsampler: Any
-
-    @classmethod
-    def of(cls, sources: Sources) -> "TorchPipeline":
-        checkpoint, gemma = sources.checkpoint, sources.text_encoder
-        return cls(
-            context=gemma.context_length,
-            tokenizer=Tokenizer.from_file(str(gemma.tokenizer_path)),
-            text_model=gemma.component().load(),
-            connectors=checkpoint.component("connectors").load(),
-            audio_config=checkpoint.config["audio_vae"],
-            audio_vae=checkpoint.component("audio_vae").load(),
-            vae=checkpoint.component("video_vae").load(),
-            transformer=checkpoint.component("transformer").load(),
-            upsampler=sources.upsampler.component().load(),
-        )
-
-    @property
-    def channels(self) -> int:
-        """Width of a video token."""
-        return len(self.vae.latents_mean)
-
-    def text(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        """Contexts of video and audio, as published: left-padded to the whole context, masked."""
-        ids = self.tokenizer.encode(prompt).ids
-        padding = self.context - len(ids)
-        padded = torch.tensor([[0] * padding + ids])
-        mask = torch.tensor([[0] * padding + [1] * len(ids)])
-        with torch.no_grad():
-            states = self.text_model(
-                input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False
-            ).hidden_states
-            video, audio, _ = self.connectors(torch.stack(states, dim=-1).flatten(2), mask)
-        return video.numpy(), audio.numpy()
-
-    def audio(self, waveform: np.ndarray, tokens: int) -> np.ndarray:
-        """Normalised audio tokens [1, tokens, 128] of a waveform [1, 2, samples]."""
-        filters = mel_filter_bank(513, 64, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney").astype(np.float32)
-        with torch.no_grad():
-            mel = log_mel(torch.from_numpy(waveform), self.audio_config["preprocessing"]["stft"], filters)
-            moments = self.audio_vae.encoder(mel)
-            latent = moments[:, : moments.shape[1] // 2].transpose(1, 2).flatten(2)
-            return ((latent - self.audio_vae.latents_mean) / self.audio_vae.latents_std).numpy()[:, :tokens]
-
-    def image(self, image: np.ndarray, canvas: PixelShape) -> np.ndarray:
-        """Normalised tokens of a first frame [H, W, 3]."""
-        pixels = torch.from_numpy(first_frame(image, canvas.width, canvas.height, 33))
-        with torch.no_grad():
-            latent = self._normalised(self.vae.encoder(pixels)[:, : self.vae.latents_mean.shape[0]])
-        return latent.flatten(2).transpose(1, 2).numpy()
-
-    def stage(
-        self,
-        number: int,
-        sigmas: Sequence[float],
-        canvas: PixelShape,
-        initial: np.ndarray,
-        conditioning: Conditioning,
-        seed: int,
-    ) -> np.ndarray:
-        """Euler sampling written out, on the DiT with its own position tables, from the runtime's noise."""
-        shape, model = canvas.to_latent(), self.transformer
-        clean, mask = initial.copy(), np.ones((1, shape.tokens, 1), np.float32)
-        if conditioning.first_frames is not None:
-            clean[:, : shape.tokens_per_frame] = conditioning.first_frames[number - 1]
-            mask[:, : shape.tokens_per_frame] = 1 - conditioning.image_strength
-        noise = gaussian(seed, number, initial.shape)
-        x = clean * (1 - mask) + (initial * (1 - sigmas[0]) + noise * sigmas[0]) * mask
-        coordinates = (
-            model.rope.prepare_video_coords(1, *shape, "cpu", fps=float(RATE)),
-            model.audio_rope.prepare_audio_coords(1, conditioning.audio_tokens.shape[1], "cpu"),
-        )
-        for sigma, sigma_next in pairwise(sigmas):
-            feeds = {
-                "latent": x.astype(np.float32),
-                "mask": mask,
-                "audio_tokens": conditioning.audio_tokens,
-                "video_context": conditioning.text.video,
-                "audio_context": conditioning.text.audio,
-                "sigma": np.array([sigma], np.float32),
-            }
-            with torch.no_grad():
-                velocity = denoise_velocity(model, feeds, coordinates, Semantics.R3)
-            x0 = (x - velocity * mask * sigma) * mask + clean * (1 - mask)
-            x = x + (x - x0) / sigma * (sigma_next - sigma)
-        return x.astype(np.float32)
-
-    def upsample(self, tokens: np.ndarray, canvas: PixelShape) -> np.ndarray:
-        """Tokens of ``canvas`` at twice its size."""
-        grid = torch.from_numpy(to_grid(tokens, canvas.to_latent()))
-        with torch.no_grad():
-            up = self._normalised(self.upsampler(self._unnormalised(grid)))
-        return up.flatten(2).transpose(1, 2).numpy()
-
-    def decode(self, tokens: np.ndarray, canvas: PixelShape) -> np.ndarray:
-        """Frames [frames, 3, H, W] fp32, black at -1 and white at 1."""
-        with torch.no_grad():
-            rgb = self.vae.decoder(self._unnormalised(torch.from_numpy(to_grid(tokens, canvas.to_latent()))))
-        return rgb[0].transpose(0, 1).numpy()
-
-    def _normalised(self, latent: torch.Tensor) -> torch.Tensor:
-        mean, std = (value.view(1, -1, 1, 1, 1) for value in (self.vae.latents_mean, self.vae.latents_std))
-        return (latent - mean) / std
-
-    def _unnormalised(self, latent: torch.Tensor) -> torch.Tensor:
-        mean, std = (value.view(1, -1, 1, 1, 1) for value in (self.vae.latents_mean, self.vae.latents_std))
-        return latent * std + mean
-
-
 @pytest.fixture(scope="session")
 def torch_pipeline(shipped_sources: Sources) -> TorchPipeline:
-    """The shipped model in torch; ``stage`` is for the frame rate ``RATE``."""
+    """The shipped model in torch."""
     return TorchPipeline.of(shipped_sources)
 
 

@@ -92,7 +92,7 @@ def test_every_stage_matches_the_classes(
         )
 
     found = last(stage(1, half, STAGE_1).run(ours, None, SEED))
-    expected = torch_pipeline.stage(1, STAGE_1, half, np.zeros_like(found), theirs, SEED)
+    expected = torch_pipeline.stage((1, STAGE_1), half, RATE, np.zeros_like(found), theirs, SEED)
     assert error(found, expected) < 1e-3
 
     found = upsample(engines.upsampler, found, half.to_latent())
@@ -100,7 +100,7 @@ def test_every_stage_matches_the_classes(
     assert error(found, expected) < 1e-3
 
     found = last(stage(2, full, STAGE_2).run(ours, found, SEED))
-    expected = torch_pipeline.stage(2, STAGE_2, full, expected, theirs, SEED)
+    expected = torch_pipeline.stage((2, STAGE_2), full, RATE, expected, theirs, SEED)
     assert error(found, expected) < 1e-3
     if strength == 1.0:
         held = full.to_latent().tokens_per_frame
@@ -111,7 +111,7 @@ def test_every_stage_matches_the_classes(
     chunks = list(decoder.chunks(to_grid(found, full.to_latent()), CANVAS.frames, RATE))
     assert sum(len(chunk.frames) for chunk in chunks) == CANVAS.frames
     luma = np.concatenate([chunk.frames for chunk in chunks])[:, : CANVAS.height]
-    unit = ((torch_pipeline.decode(expected, full).swapaxes(0, 1) + 1) / 2).clip(0, 1)
+    unit = ((torch_pipeline.decode(expected, full).numpy().swapaxes(0, 1) + 1) / 2).clip(0, 1)
     expected_luma = 16 + 219 * (0.2126 * unit[0] + 0.7152 * unit[1] + 0.0722 * unit[2])
     assert np.abs(luma - expected_luma).mean() < 1.0
 

@@ -101,10 +101,10 @@ def torch_frames(torch_pipeline: Any, request: Request, canvas: PixelShape) -> n
         image_strength=request.image_strength,
     )
     start = np.zeros((1, half.to_latent().tokens, torch_pipeline.channels), np.float32)
-    latent = torch_pipeline.stage(1, preset.stage_1_sigmas, half, start, conditioning, request.seed)
+    latent = torch_pipeline.stage((1, preset.stage_1_sigmas), half, rate, start, conditioning, request.seed)
     latent = torch_pipeline.upsample(latent, half)
-    latent = torch_pipeline.stage(2, preset.stage_2_sigmas, canvas, latent, conditioning, request.seed)
-    return rgb_to_yuv420(torch_pipeline.decode(latent, canvas))
+    latent = torch_pipeline.stage((2, preset.stage_2_sigmas), canvas, rate, latent, conditioning, request.seed)
+    return rgb_to_yuv420(torch_pipeline.decode(latent, canvas).numpy())
 
 
 @pytest.mark.slow
