@@ -5,15 +5,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
+from starlette.routing import Match
 
 from ..bundle import Bundle
 from ..errors import MediaError, RequestError
@@ -22,6 +23,7 @@ from .contract import openapi_document
 from .fetch import FetchRules
 from .guard import Guard, request_id
 from .inputs import InputLimits, InputReader, UploadShelf
+from .job import Job
 from .jobs import JobLayer, JobOptions, PoolMaker, UnavailableError
 from .metrics import Metrics
 from .model import model_object
@@ -36,23 +38,28 @@ from .sandbox import Sandbox, SandboxLimits
 from .service import Service, service_of
 from .settings import Settings
 from .store import QueueFullError, StoreUnavailableError
+from .telemetry import Telemetry, Traced, open_telemetry
 from .worker import WorkerOptions
 
 __all__ = ["create_app"]
 
 _LOG = logging.getLogger("ltxrt.serve")
+_ROUTERS = (hub_routes, openai_routes, fal_routes, file_routes, operations_routes, page_routes)
 _SHELF_SECONDS = 3600.0
 _TIDY_SECONDS = 60.0
 _STORE_RETRY_SECONDS = "5"
 _BY_STATUS = {404: "resource_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle") -> FastAPI:
+def create_app(
+    settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle", telemetry: Telemetry | None = None
+) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
         settings: As loaded.
         factory: ``module:function`` by which workers open their pipeline.
+        telemetry: Where spans go; by default as the settings say.
 
     Raises:
         LtxrtError: The bundle, the keys or the data folder cannot be used.
@@ -61,16 +68,22 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
     keys = Keys(() if settings.no_auth else settings.keys())
     metrics = Metrics()
     model = model_object(bundle.manifest.model.name, int(time.time()))
+    telemetry = open_telemetry() if settings.otel and telemetry is None else telemetry
+
+    def ended(job: Job) -> None:
+        metrics.ended(job)
+        if telemetry is not None:
+            telemetry.ended(job)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None]:
-        async with JobLayer(_job_options(settings, metrics, factory)).running() as jobs:
+        async with JobLayer(_job_options(settings, ended, factory)).running() as jobs:
             limits = SandboxLimits(audio_seconds=settings.max_audio_seconds)
             sandbox = Sandbox(limits, jobs.incoming_folder.with_name("sandbox"))
             sandbox.prepare()
             shelf = UploadShelf(jobs.incoming_folder.with_name("uploads"), settings.max_uploads)
             inputs = InputReader(_input_limits(settings), sandbox, shelf)
-            app.state.service = Service(settings, jobs, inputs, keys, metrics, model)
+            app.state.service = Service(settings, jobs, inputs, keys, metrics, model, telemetry)
             tidying = asyncio.create_task(_tidy(shelf))
             try:
                 yield
@@ -79,17 +92,21 @@ def create_app(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bu
                 with suppress(asyncio.CancelledError):
                     await tidying
                 await sandbox.close()
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(title="ltxrt", summary="Audio to video", lifespan=life, docs_url=None, redoc_url=None)
-    for router in (hub_routes, openai_routes, fal_routes, file_routes, operations_routes, page_routes):
+    for router in _ROUTERS:
         app.include_router(router)
     refusals = (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, StoreUnavailableError)
     for kind in (*refusals, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Exception, _failed)
     app.openapi = lambda: openapi_document(app)
-    caps = {"max_body_bytes": settings.max_body_bytes, "max_body_seconds": settings.max_body_seconds}
-    app.add_middleware(Guard, **caps, metrics=metrics)
+    if telemetry is not None:
+        app.add_middleware(Traced, telemetry=telemetry)
+    most, longest = settings.max_body_bytes, settings.max_body_seconds
+    app.add_middleware(Guard, max_body_bytes=most, max_body_seconds=longest, metrics=metrics)
     return app
 
 
@@ -130,12 +147,12 @@ def _problem(request: Request, error: Exception) -> ProblemError:
 
 def _allowed(request: Request) -> str:
     """Every method of a path; Starlette names those of the first route that has the path alone."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return ", ".join(sorted({method for route in matching for method in route.methods or ()}))
+    return ", ".join(sorted({method for route in matching for method in route.methods or ()})) or "GET, HEAD"
 
 
-def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptions:
+def _job_options(settings: Settings, on_end: Callable[[Job], None], factory: str) -> JobOptions:
     worker = WorkerOptions(
         name="",
         data=settings.data,
@@ -153,7 +170,7 @@ def _job_options(settings: Settings, metrics: Metrics, factory: str) -> JobOptio
         worker=worker,
         devices=settings.devices or (None,) * settings.slots,
         max_queued=settings.max_queued,
-        on_end=metrics.ended,
+        on_end=on_end,
         make_pool=_ray_pool(settings) if settings.ray else None,
     )
 

@@ -13,6 +13,7 @@ from .jobs import JobLayer
 from .metrics import Metrics
 from .problems import ProblemError
 from .settings import Settings
+from .telemetry import Telemetry
 
 __all__ = ["Service", "base_url", "caller", "service_of"]
 
@@ -28,6 +29,7 @@ class Service:
         keys: Who may call.
         metrics: Counters.
         model: The model object of the models endpoints.
+        telemetry: Makes spans, where they are wanted.
         closing: The server ends; streams are to end too.
     """
 
@@ -37,6 +39,7 @@ class Service:
     keys: Keys
     metrics: Metrics
     model: dict[str, Any]
+    telemetry: Telemetry | None = None
     closing: bool = False
 
     def own(self, owner: str, job_id: str) -> Job:

@@ -90,6 +90,7 @@ class Settings(BaseModel):
     fetch_http: Annotated[bool, Field(description="Fetch http addresses too.")] = False
     fetch_domains: Annotated[Words, Field(description="The only hosts to fetch from; all where empty.")] = ()
     fetch_networks: Annotated[Networks, Field(description="Private networks that may be fetched from.")] = ()
+    otel: Annotated[bool, Field(description="Send spans to where OTEL_EXPORTER_OTLP_ENDPOINT says.")] = False
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="debug to error.")] = "info"
 
     @model_validator(mode="after")

@@ -88,6 +88,8 @@ async def submit(service: Service, order: Order) -> tuple[list[Job], bool]:
             files = room if number == order.generations - 1 else _copied(room, service.jobs.incoming_folder / name)
             job = _new_job(service, order, checked, name, number)
             jobs.append(service.jobs.submit(job, files))
+            if service.telemetry is not None:
+                service.telemetry.submitted(job.id)
     except DuplicateKeyError:
         # The same call came twice at once, and the other was faster.
         return _earlier(service, order), False

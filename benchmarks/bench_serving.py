@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What serving costs, how it answers under load, and whether anything is lost when processes die.
+
+    python benchmarks/bench_serving.py [--parts throughput load soak] [--clips N] [--rates R ...] [--soak N] [--out DIR]
+
+- ``throughput``: the same clips of the real tiny bundle, back to back by ``Pipeline.generate`` in one process, then
+  through the server, in turns; ``/health`` is asked for all the while. Target: within 5 %, p99 below 50 ms.
+- ``load``: Poisson arrivals of every kind of call, on scripted pipelines that take as long as the prompt says.
+- ``soak``: calls of every kind, a worker killed every so many, the server killed once. Target: nothing lost, wrong or
+  left, nothing grows.
+
+Figures come on stdout, JSON last; ``serving.json`` goes into the results, unless ``--out`` says where. The exit code is
+1 where a target is missed. The machine's load before and after is part of the record: on a busy one the figures of
+throughput and latency say little.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, measured, record
+from serving.host import hosting
+from serving.load import HealthProbe, arrivals, percentiles
+from serving.soak import soak
+from serving.worlds import FACTORY
+
+from ltxrt.media import bundled_speech
+
+PACKAGES = ("ltxrt", "numpy", "onnxruntime", "av", "fastapi", "uvicorn")
+PARTS = ("throughput", "load", "soak")
+CLIP = {"prompt": "a face that speaks", "match_audio_length": False, "num_frames": 49, "video_quality": "low"}
+LARGEST_LOSS, HEALTH_MS = 0.05, 50.0
+_ARRIVAL_SECONDS = 15.0
+
+
+def main() -> int:
+    """Run the parts, print, write; 0 if every target is met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--clips", type=int, default=8, help="clips of a round of the throughput")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the throughput")
+    parser.add_argument("--rates", type=float, nargs="*", default=[2.0, 4.0, 8.0], help="calls a second")
+    parser.add_argument("--soak", type=int, default=1000, help="calls of the soak")
+    parser.add_argument("--kill-every", type=int, default=50, help="calls between two killed workers")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads within one operator")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--worker", choices=("bare",), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(bare(options.clips, options.threads)))
+        return 0
+    results: dict[str, Any] = {"load_average_before": os.getloadavg()}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in options.parts:
+            place = Path(folder) / part
+            place.mkdir()
+            results[part] = {"throughput": throughput, "load": load, "soak": soaked}[part](options, place)
+            print(f"{part}: {json.dumps({k: v for k, v in results[part].items() if k != 'samples'})}", file=sys.stderr)
+    results["load_average_after"] = os.getloadavg()
+    passed = all(results[part]["passed"] for part in options.parts)
+    path = record("serving", PACKAGES, results, options.out)
+    path = path.replace(options.out / "serving.json")
+    print(path, file=sys.stderr)
+    print(json.dumps({"passed": passed, **results}))
+    return 0 if passed else 1
+
+
+# --- throughput ---
+
+
+def bare(clips: int, threads: int) -> dict[str, Any]:
+    """Clips back to back in this process."""
+    from ltxrt import Pipeline, Request
+
+    pipeline = Pipeline.open(threads=threads)
+    requests = [Request(input_audio=bundled_speech(), seed=seed, **CLIP) for seed in range(clips)]
+    generated(pipeline, requests[0])
+    started = time.perf_counter()
+    for request in requests:
+        generated(pipeline, request)
+    return {"seconds": time.perf_counter() - started}
+
+
+def generated(pipeline: Any, request: Any) -> None:
+    """A clip into a file that nobody keeps."""
+    with tempfile.TemporaryFile() as file:
+        file.writelines(pipeline.generate(request))
+
+
+def throughput(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Rounds of both, in turns, so that a machine that changes its pace changes it for both."""
+    count = ["--clips", str(options.clips), "--threads", str(options.threads)]
+    rounds: list[dict[str, float]] = []
+    health: list[float] = []
+    with hosting(folder, slots=1, threads=options.threads, warm_up=["low"], max_jobs_per_key=1000) as host:
+        for number in range(options.rounds):
+            alone = float(measured([__file__, "--worker", "bare", *count]).result["seconds"])
+            served, asked = asyncio.run(through_the_server(host, options.clips, number))
+            health += asked
+            rounds.append({"bare_seconds": round(alone, 2), "served_seconds": round(served, 2)})
+    losses = sorted(each["served_seconds"] / each["bare_seconds"] - 1 for each in rounds)
+    loss, answers = losses[len(losses) // 2], percentiles(health)
+    return {
+        "clips_a_round": options.clips,
+        "clip": CLIP,
+        "rounds": rounds,
+        "loss": round(loss, 4),
+        "loss_allowed": LARGEST_LOSS,
+        "health_ms": answers,
+        "passed": loss <= LARGEST_LOSS and answers["p99"] < HEALTH_MS,
+    }
+
+
+async def through_the_server(host: Any, clips: int, number: int) -> tuple[float, list[float]]:
+    """The same clips, all queued at once; seconds from the first call to the last clip."""
+    import httpx2
+    from serving.calls import Call, made
+    from serving.host import KEY
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx2.AsyncClient(base_url=host.url, headers=headers, timeout=600, trust_env=False) as client:
+        bodies = [{**CLIP, "input_audio": sound(), "seed": seed} for seed in range(clips)]
+        async with HealthProbe(host) as probe:
+            started = time.perf_counter()
+            calls = [Call(number * clips + seed, "queue", body, 0, lambda: client) for seed, body in enumerate(bodies)]
+            outcomes = await asyncio.gather(*map(made, calls))
+            seconds = time.perf_counter() - started
+    problems = [outcome.problem or outcome.state for outcome in outcomes if outcome.state != "succeeded"]
+    if problems:
+        raise RuntimeError(f"clips failed: {problems}")
+    return seconds, probe.seconds
+
+
+def sound() -> str:
+    """The bundled speech as a data URI."""
+    return f"data:audio/flac;base64,{base64.b64encode(bundled_speech().read_bytes()).decode()}"
+
+
+# --- load and soak ---
+
+
+def load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every rate in turn, on one server with two slots; a job takes about a fifth of a second."""
+    body = {
+        "prompt": "steps=8 pause=0.02",
+        "input_audio": sound(),
+        "resolution": "128x128",
+        "match_audio_length": False,
+        "num_frames": 25,
+    }
+    caps = {"max_queued": 1000, "max_jobs_per_key": 1000}
+    with hosting(folder, FACTORY, slots=2, threads=1, warm_up=[], **caps) as host:
+        rates = [asyncio.run(arrivals(host, rate, _ARRIVAL_SECONDS, body)) for rate in options.rates]
+    return {"slots": 2, "rates": rates, "passed": not any(rate["problems"] for rate in rates)}
+
+
+def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """See ``serving/soak.py``."""
+    started = time.monotonic()
+    found = soak(folder, options.soak, options.kill_every, sound())
+    return {"seconds": round(time.monotonic() - started, 1), **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

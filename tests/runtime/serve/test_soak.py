@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small soak: calls of every kind, a killed worker, a killed server; the benchmark does the same a thousand times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "bench_serving.py"
+
+
+def test_nothing_is_lost_wrong_or_left(tmp_path):
+    command = [sys.executable, str(BENCHMARK), "--parts", "soak", "--soak", "60", "--kill-every", "40"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    ran = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])["soak"]
+    assert found["passed"]
+    assert (found["lost"], found["wrong"], found["jobs_with_other_files"]) == ([], [], [])
+    assert (found["killed_workers"], found["server_restarts"], found["processes_left"]) == (1, 1, 0)
+    assert sum(found["calls"].values()) == 60
+    assert set(found["jobs"]) <= {"succeeded", "cancelled", "failed"}
+    assert found["jobs"]["succeeded"] > 20
+    assert json.loads((tmp_path / "out" / "serving.json").read_text())["benchmark"] == "serving"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
