@@ -120,8 +120,14 @@ def test_only_the_server_knows_of_the_web():
     users = {module_of(path) for path in sources("ltxrt") if {name.split(".")[0] for name in imports(path)} & web}
     assert all(user.startswith("ltxrt.serve.") for user in users)
     # A worker process has no use for it, and starts faster without.
-    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "sandbox_child")}
+    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "ray_replica", "sandbox_child")}
     assert not users & lean
+
+
+@pytest.mark.parametrize(("extra", "module"), [("ray", "ray_pool"), ("redis", "store_redis")])
+def test_only_one_module_knows_of_an_extra(extra, module):
+    users = {module_of(path) for path in sources("ltxrt") if extra in {name.split(".")[0] for name in imports(path)}}
+    assert users == {f"ltxrt.serve.{module}"}
 
 
 def test_everything_in_the_runtime_imports_without_the_exporter_s_needs():

@@ -139,14 +139,16 @@ class JobLayer:
             Whether none is running any more.
         """
         self.draining = True
-        # A worker that finishes would take the next job, so it is told that there is none.
-        self.store.hold(True)
-        end = time.monotonic() + seconds
-        with self.board.watch(None) as watch:
-            while self.store.busy() and time.monotonic() < end:
-                await watch.wait(min(1.0, max(0.0, end - time.monotonic())))
+        left = True
+        with suppress(StoreUnavailableError):  # one that is gone is not waited for
+            # A worker that finishes would take the next job, so it is told that there is none.
+            self.store.hold(True)
+            end = time.monotonic() + seconds
+            with self.board.watch(None) as watch:
+                while (left := self.store.busy() > 0) and time.monotonic() < end:
+                    await watch.wait(min(1.0, max(0.0, end - time.monotonic())))
         self.board.ring_all()
-        return not self.store.busy()
+        return not left
 
     # --- what routes do ---
 

@@ -41,7 +41,7 @@ def scripted(monkeypatch):
 
 
 @contextmanager
-def running_redis():
+def _running_redis():
     """A Redis of the tests' own: its address. It listens on no network and writes nothing."""
     program = shutil.which("redis-server")
     if program is None:
@@ -75,8 +75,14 @@ def running_redis():
 @pytest.fixture(scope="session")
 def shared_redis():
     """A Redis for the session; take ``redis_url``."""
-    with running_redis() as url:
+    with _running_redis() as url:
         yield url
+
+
+@pytest.fixture
+def running_redis():
+    """A context manager that runs a Redis of the test's own."""
+    return _running_redis
 
 
 @pytest.fixture

@@ -44,12 +44,22 @@ def test_text_from_the_environment():
         ({**KEYED, "fetch_networks": "10.0.0.1/8"}, "fetch_networks"),
         ({**KEYED, "log_level": "loud"}, "log_level"),
         ({"api_keys": 5}, "api_keys"),
+        ({**KEYED, "ray": "true"}, "redis"),
+        ({**KEYED, "redis": "localhost:6379"}, "redis"),
+        ({**KEYED, "ray_min_replicas": 2}, "ray_min_replicas"),
+        ({**KEYED, "ray_target_ongoing": 0}, "ray_target_ongoing"),
     ],
 )
 def test_refusals(flags, field):
     with pytest.raises(RequestError) as error:
         load_settings(flags, {}, None)
     assert error.value.field == field
+
+
+def test_the_address_of_redis_is_not_shown():
+    with pytest.raises(RequestError) as error:
+        load_settings({**KEYED, "redis": "http://:pass-word@host"}, {}, None)
+    assert "pass-word" not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -3,11 +3,15 @@
 
 import io
 import time
+from types import SimpleNamespace
 
 import av
 import pytest
 
 from ltxrt.mp4_boxes import top_level_boxes
+from ltxrt.serve.clip_job import live_name
+from ltxrt.serve.problems import ProblemError
+from ltxrt.serve.stream import _Growing
 
 
 def fields(sound, **change):
@@ -54,3 +58,56 @@ def test_who_goes_away_cancels(server, client, sound):
     while client.get("/api/ai/queue").json()["count"]:
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+class Files:
+    """As much of a job layer as a stream reads."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def live(self, job):
+        return self.folder / live_name(job.attempts)
+
+    def clip(self, job):
+        return None
+
+
+def attempt(number):
+    return SimpleNamespace(attempts=number)
+
+
+def test_a_stream_goes_on_in_the_next_attempt_s_file(tmp_path):
+    clip = _Growing(Files(tmp_path))
+    clip.follow(attempt(0))
+    assert clip.read() == b""
+    (tmp_path / "live-1.mp4").write_bytes(b"abcdef")
+    clip.follow(attempt(1))
+    assert clip.read() == b"abcdef"
+    clip.follow(attempt(2))  # claimed again, and nothing written yet
+    assert clip.read() == b""
+    second = tmp_path / "live-2.mp4"
+    second.write_bytes(b"abc")
+    clip.follow(attempt(2))
+    assert clip.read() == b""
+    with pytest.raises(ProblemError, match="made again"):
+        clip.require_attempt(2)
+    second.write_bytes(b"abcdefgh")
+    assert clip.read() == b"gh"
+    clip.require_attempt(2)
+    assert clip.sent == 8
+    clip.close()
+
+
+def test_a_stream_does_not_go_on_in_another_clip(tmp_path):
+    clip = _Growing(Files(tmp_path))
+    (tmp_path / "live-1.mp4").write_bytes(b"abcdef")
+    clip.follow(attempt(1))
+    clip.read()
+    with pytest.raises(ProblemError, match="made again"):
+        clip.require_attempt(2)
+    (tmp_path / "live-2.mp4").write_bytes(b"abcdEFgh")
+    clip.follow(attempt(2))
+    with pytest.raises(ProblemError, match="made again"):
+        clip.read()
+    clip.close()
