@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration: the runtime's own stages over the whole schedule, with engines that record what passes through.
 
-Every clip goes the way of a request: text, sound and first frame encoded, stage 1, upsampling, stage 2, a first chunk
-decoded. Nothing of the sampling is restated here, so the ranges are those of real requests.
+Every clip goes the way of a request: text, sound and first frame encoded, stage 1, upsampling, stage 2, all of it
+decoded. Nothing of the sampling is restated here, so the ranges are those of real requests. The clips run in lockstep:
+a network too large for the memory is run a few layers at a time, and those for all clips, so that its weights are read
+once a step and not once a step and clip.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import onnx
+from onnx import ModelProto
 
 from ltxrt.bundle import Bundle
 from ltxrt.decode import VideoDecoder
@@ -30,19 +33,21 @@ from ltxrt.upsample import upsample
 from .calibration import PERCENTILE, Calibration, LayerRange, NetworkRanges, Origin, rounded
 from .clips import CLIPS, IMAGES, SOUNDS, CalibrationClip
 from .graph import linears
+from .lockstep import Ask, in_lockstep
 from .magnitudes import Magnitudes
+from .memory import SEGMENT_BYTES, free_memory_bytes, plan_memory
 from .ranges import FP16_MAX
-from .recording import GraphTap, ObservedEngine, Tap
+from .recording import Device, GraphTap, ObservedEngine, SegmentTap, Tap, Taps
+from .segments import weight_bytes
 
-__all__ = ["CalibrationOptions", "CalibrationStep", "TapFactory", "calibrate", "fp32_entry", "run_clip"]
+__all__ = ["CalibrationOptions", "CalibrationStep", "calibrate", "fp32_entry", "run_clip"]
 
 #: Tensors within this factor of FP16's limit are kept in the file.
 _LARGE = FP16_MAX / 8
+#: What is kept whole on a GPU, whose memory is not looked at: the four networks that are small even at full size.
+_GPU_BYTES = 8_000_000_000
 #: The complete schedule: shorter ones are subsets of it.
 _PRESET = "high"
-
-#: Makes the tap of a network from its graph's path and the tensors to watch.
-TapFactory = Callable[[Path, Sequence[str]], Tap]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +61,10 @@ class CalibrationOptions:
         rate: Frames a second.
         clips: The clips.
         seed: Seed of the first clip's noise; the next clips count up.
-        tap: How networks are run; None is ONNX Runtime on the CPU, a whole graph at a time.
+        memory_bytes: What networks may take that are loaded whole; the others run a few layers at a time. None is the
+            memory that is free; on a GPU, whose memory is not looked at, nothing but the small ones.
+        segment_bytes: Weights in fp32 of a network that are in memory at a time where it does not run whole.
+        device: Where networks run. On ``cuda`` this has not run yet.
     """
 
     width: int = 192
@@ -65,16 +73,23 @@ class CalibrationOptions:
     rate: Fraction = Fraction(24)
     clips: tuple[CalibrationClip, ...] = CLIPS
     seed: int = 1
-    tap: TapFactory | None = None
+    memory_bytes: int | None = None
+    segment_bytes: int = SEGMENT_BYTES
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStep:
-    """Progress: clip ``index`` of ``total`` begins; ``calibration`` comes with the last step, index = total."""
+    """Progress: denoising step ``index`` of ``total`` begins, of all clips.
+
+    Attributes:
+        note: With the first step, which networks run whole: a line for the user.
+        calibration: With the last one, index = total.
+    """
 
     index: int
     total: int
-    description: str
+    note: str = ""
     calibration: Calibration | None = None
 
 
@@ -88,8 +103,11 @@ class _Recorder:
     inputs: dict[str, Magnitudes] = field(default_factory=dict[str, Magnitudes])
     amax: dict[str, float] = field(default_factory=dict[str, float])
 
-    def observe(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs, taps = self.tap.run(feeds)
+    def run(self, batches: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """Run the network and count what passes."""
+        return self.tap.run(batches, self._see)
+
+    def _see(self, taps: Taps) -> None:
         for name, values in taps.values.items():
             try:
                 self.inputs.setdefault(name, Magnitudes()).update(values)
@@ -97,7 +115,6 @@ class _Recorder:
                 raise ExportError(f"{self.network}: {name} is {error} in fp32; the model itself is broken") from error
         for name, largest in taps.amax.items():
             self.amax[name] = max(largest, self.amax.get(name, 0.0))
-        return outputs
 
     def ranges(self) -> NetworkRanges:
         layers = {
@@ -119,25 +136,43 @@ def calibrate(bundle: Bundle, options: CalibrationOptions | None = None) -> Iter
         EngineError: A network does not load or run.
     """
     options = options or CalibrationOptions()
-    recorders = {name: _recorder(bundle, name, options.tap or _graph_tap) for name in NETWORK_NAMES}
-    engines = Engines(**{name: _engine(bundle, recorder) for name, recorder in recorders.items()})
-    for index, clip in enumerate(options.clips):
-        yield CalibrationStep(index, len(options.clips), clip.describe())
-        run_clip(bundle, engines, clip, options, options.seed + index)
+    recorders, note = _recorders(bundle, options)
     preset = load_preset(_PRESET)
-    model = bundle.manifest.model
+    rounds = len(preset.stage_1_sigmas) + len(preset.stage_2_sigmas) - 2
+    yield CalibrationStep(0, rounds, note)
+    done = 0
+    clips = [partial(_run_clip, bundle, index, options) for index in range(len(options.clips))]
+    for step in in_lockstep(clips, NETWORK_NAMES, lambda network, batches: recorders[network].run(batches)):
+        if step.network == "denoiser":
+            yield CalibrationStep(done, rounds)
+            done += 1
+    networks = {name: recorder.ranges() for name, recorder in recorders.items()}
+    calibration = Calibration(made_from=_origin(bundle, options), networks=networks)
+    yield CalibrationStep(rounds, rounds, calibration=calibration)
+
+
+def _run_clip(bundle: Bundle, index: int, options: CalibrationOptions, ask: Ask) -> None:
+    """One of the clips, by engines that ask for every run."""
+    engines: dict[str, ObservedEngine] = {}
+    for name in NETWORK_NAMES:
+        entry = fp32_entry(bundle, name)
+        inputs, outputs = (tuple(tensor.spec() for tensor in ports) for ports in (entry.inputs, entry.outputs))
+        engines[name] = ObservedEngine(name, inputs, outputs, partial(ask, name))
+    run_clip(bundle, Engines(**engines), options.clips[index], options, options.seed + index)
+
+
+def _origin(bundle: Bundle, options: CalibrationOptions) -> Origin:
+    model, preset = bundle.manifest.model, load_preset(_PRESET)
     size = f"{options.width}x{options.height}, {options.frames} frames"
-    origin = Origin(
+    return Origin(
         model=model.name,
         checkpoint_sha256=model.checkpoint_sha256,
         semantics=model.semantics,
         stage_1_sigmas=preset.stage_1_sigmas,
         stage_2_sigmas=preset.stage_2_sigmas,
         clips=tuple(f"{size}, {clip.describe()}" for clip in options.clips),
+        loras=model.loras,
     )
-    networks = {name: recorder.ranges() for name, recorder in recorders.items()}
-    calibration = Calibration(made_from=origin, networks=networks)
-    yield CalibrationStep(len(options.clips), len(options.clips), "done", calibration)
 
 
 def run_clip(
@@ -180,17 +215,31 @@ def run_clip(
     return grid, np.concatenate(chunks)
 
 
-def _recorder(bundle: Bundle, name: str, tap: TapFactory) -> _Recorder:
-    entry = fp32_entry(bundle, name)
-    path = bundle.file(entry.file)
-    layers = {linear.key: linear.activation for linear in linears(onnx.load(path, load_external_data=False).graph)}
-    return _Recorder(name, tap(path, sorted(set(layers.values()))), layers)
+def _recorders(bundle: Bundle, options: CalibrationOptions) -> tuple[dict[str, _Recorder], str]:
+    """A recorder for each network, and a line that says which of them run whole."""
+    graphs = {
+        name: onnx.load(bundle.file(fp32_entry(bundle, name).file), load_external_data=False) for name in NETWORK_NAMES
+    }
+    free = options.memory_bytes
+    if free is None:
+        free = free_memory_bytes() if options.device == "cpu" else _GPU_BYTES
+    plan = plan_memory({name: weight_bytes(model.graph) for name, model in graphs.items()}, free)
+    recorders = {
+        name: _recorder(bundle, name, model, options, whole=name in plan.whole) for name, model in graphs.items()
+    }
+    return recorders, str(plan)
 
 
-def _engine(bundle: Bundle, recorder: _Recorder) -> ObservedEngine:
-    entry = fp32_entry(bundle, recorder.network)
-    inputs, outputs = (tuple(tensor.spec() for tensor in ports) for ports in (entry.inputs, entry.outputs))
-    return ObservedEngine(recorder.network, inputs, outputs, recorder.observe)
+def _recorder(bundle: Bundle, name: str, model: ModelProto, options: CalibrationOptions, *, whole: bool) -> _Recorder:
+    folder = bundle.file(fp32_entry(bundle, name).file).parent
+    layers = {linear.key: linear.activation for linear in linears(model.graph)}
+    watched = sorted(set(layers.values()))
+    tap = (
+        GraphTap(model, folder, watched, device=options.device)
+        if whole
+        else SegmentTap(model, folder, watched, options.segment_bytes, device=options.device)
+    )
+    return _Recorder(name, tap, layers)
 
 
 def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
@@ -204,6 +253,3 @@ def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
             return entry
     raise ExportError(f"{bundle.path}: {name} is not there in fp32, which this needs: export with --precision fp32")
 
-
-def _graph_tap(path: Path, watched: Sequence[str]) -> Tap:
-    return GraphTap(path, watched)

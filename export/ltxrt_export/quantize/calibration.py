@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ltxrt.errors import ExportError, OutputError, shown
-from ltxrt.manifest import ModelEntry
+from ltxrt.manifest import LoraEntry, ModelEntry
 
 __all__ = ["FORMAT", "PERCENTILE", "Calibration", "LayerRange", "NetworkRanges", "Origin", "rounded"]
 
@@ -58,6 +58,7 @@ class Origin(_Entry):
         stage_1_sigmas: Schedule of stage 1.
         stage_2_sigmas: Schedule of stage 2.
         clips: One line a clip: size, frames, sound, image, prompt.
+        loras: What was fused into the checkpoint.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Origin(_Entry):
     stage_1_sigmas: tuple[float, ...]
     stage_2_sigmas: tuple[float, ...]
     clips: tuple[str, ...]
+    loras: tuple[LoraEntry, ...] = ()
 
 
 class Calibration(_Entry):
@@ -117,8 +119,15 @@ class Calibration(_Entry):
                 partial.unlink()
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def check_model(self, model: ModelEntry) -> None:
-        """Refuse a calibration of another checkpoint, or of other modulation rules.
+    def check_model(self, model: ModelEntry, *, other_loras: bool = False) -> None:
+        """Refuse a calibration of another checkpoint, of other modulation rules, or with other LoRAs.
+
+        A LoRA moves ranges, mostly by little. A range that is too small clips what exceeds it, so that whoever takes a
+        calibration made with other LoRAs, or with none, has to say so.
+
+        Args:
+            model: What is about to be quantised.
+            other_loras: Take it even so.
 
         Raises:
             ExportError: It is one.
@@ -128,6 +137,11 @@ class Calibration(_Entry):
             raise ExportError(
                 f"the calibration was made from {made.model} {made.checkpoint_sha256[:12]} by rules {made.semantics},"
                 f" this is {model.name} {model.checkpoint_sha256[:12]} by rules {model.semantics}: calibrate again"
+            )
+        if not other_loras and _fused(made.loras) != _fused(model.loras):
+            raise ExportError(
+                f"the calibration was made with {_names(made.loras)}, this model has {_names(model.loras)}: calibrate"
+                " again, or give --other-loras where the change is small"
             )
 
     def ranges(self, network: str, keys: Iterable[str], kind: Literal["amax", "percentile"]) -> dict[str, float]:
@@ -144,6 +158,16 @@ class Calibration(_Entry):
                 f"the calibration of {shown(network)} lacks {len(missing)} layers ({missing[0]}): calibrate again"
             )
         return {key: getattr(layers[key], kind) for key in keys}
+
+
+def _fused(loras: Iterable[LoraEntry]) -> list[tuple[str, float]]:
+    """What counts of LoRAs: their contents and scales, in any order; one of scale 0 changes nothing."""
+    return sorted((lora.sha256, lora.scale) for lora in loras if lora.scale)
+
+
+def _names(loras: Iterable[LoraEntry]) -> str:
+    named = [f"{lora.name} x {lora.scale:g} ({lora.sha256[:12]})" for lora in loras]
+    return f"LoRA {', '.join(named)}" if named else "no LoRA"
 
 
 def rounded(value: float) -> float:

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline for the page's tests: pictures that change, and pauses after fragments as the prompt asks.
+"""A pipeline for the page's tests: pictures that change, and a stop after the first fragment where the prompt asks.
 
-``hold=SECONDS`` waits after every fragment, ``steps=N`` reports so many denoise steps 50 ms apart before anything else.
+``gate=NAME`` goes on after the first fragment only when the server's data folder holds ``NAME.gate``; ``steps=N``
+reports so many denoise steps, 50 ms apart, before anything else. The first fragment holds 32 frames, about as
+many as the tiny model's.
 """
 
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from ltxrt.result import Fragment, Progress
+from ltxrt.manifest import StreamEntry
+from ltxrt.result import Progress
 from ltxrt.testing import FakeEngine, fake_engines, fake_pipeline
+
+_FIRST_LATENTS = 5
+_LONGEST_WAIT_SECONDS = 60
 
 
 class _Moving(FakeEngine):
@@ -27,7 +34,7 @@ class _Moving(FakeEngine):
 
 class _Store:
     def __init__(self, store):
-        self._store, self.backend = store, store.backend
+        self.backend = store.backend
 
     def engines(self, preset):
         fake = fake_engines()
@@ -36,26 +43,33 @@ class _Store:
         return replace(fake, video_decoder=moving)
 
 
-class _Slow:
-    def __init__(self):
+class _Gated:
+    def __init__(self, data):
         plain = fake_pipeline()
-        self._pipeline = replace(plain, store=_Store(plain.store))
-        self.bundle, self.generate = self._pipeline.bundle, self._pipeline.generate
+        manifest = plain.bundle.manifest
+        stream = StreamEntry(states=(), first_chunk_latents=_FIRST_LATENTS)
+        model = manifest.model.model_copy(update={"stream": stream})
+        bundle = replace(plain.bundle, manifest=manifest.model_copy(update={"model": model}))
+        self._pipeline = replace(plain, bundle=bundle, store=_Store(plain.store))
+        self.bundle, self.generate, self._data = bundle, self._pipeline.generate, data
 
     def events(self, request):
         inner = self._pipeline.events(request)
-        return self._run(inner, dict(re.findall(r"(\w+)=([\d.]+)", request.prompt)))
+        return self._run(inner, dict(re.findall(r"(\w+)=(\w+)", request.prompt)))
 
     def _run(self, inner, words):
         steps = int(words.get("steps", 0))
         for step in range(steps):
             yield Progress("denoise_1", step, steps)
             time.sleep(0.05)
+        gate = self._data / f"{words['gate']}.gate" if "gate" in words else None
         for event in inner:
             yield event
-            if isinstance(event, Fragment):
-                time.sleep(float(words.get("hold", 0)))
+            if gate and isinstance(event, Progress) and event.stage == "decode":
+                end = time.monotonic() + _LONGEST_WAIT_SECONDS
+                while not gate.exists() and time.monotonic() < end:
+                    time.sleep(0.02)
 
 
-def slow(options):
-    return _Slow()
+def gated(options):
+    return _Gated(Path(options.data))

@@ -2,7 +2,7 @@
 // The audio field: chosen, dropped, recorded, or the sample of the package; heard and seen before it is sent.
 
 import { call } from "./api.js";
-import { byId, bytes, onDrop, seconds, setIcon, show } from "./dom.js";
+import { byId, bytes, held, onDrop, seconds, setIcon, show } from "./dom.js";
 import { barsIn, draw, peaks } from "./drawing.js";
 import { Recorder, canRecord } from "./recorder.js";
 
@@ -19,8 +19,8 @@ export class AudioPicker {
   constructor(changed) {
     this.changed = changed;
     const chosen = byId("input_audio");
-    chosen.addEventListener("change", () => chosen.files[0] && this.take(chosen.files[0]));
-    onDrop(byId("audio-drop"), (file) => this.take(file));
+    chosen.addEventListener("change", () => chosen.files[0] && this.#hold(chosen.files[0]));
+    onDrop(byId("audio-drop"), (file) => this.#hold(file));
     byId("sample").addEventListener("click", () => this.#sample());
     byId("record").addEventListener("click", () => this.#record());
     byId("record").disabled = !canRecord;
@@ -54,6 +54,14 @@ export class AudioPicker {
       this.#draw();
     }
     this.changed(null);
+  }
+
+  async #hold(file) {
+    try {
+      await this.take(await held(file));
+    } catch (error) {
+      this.changed(error.message);
+    }
   }
 
   #remove() {

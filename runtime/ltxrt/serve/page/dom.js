@@ -36,6 +36,15 @@ export function bytes(count) {
   return count < 1e6 ? `${Math.round(count / 1e3)} kB` : `${(count / 1e6).toFixed(1)} MB`;
 }
 
+/** A file as it is now, in memory: what changes on disk after it was picked can be read no more. */
+export async function held(file) {
+  try {
+    return new File([await file.arrayBuffer()], file.name, { type: file.type });
+  } catch {
+    throw new Error(`${file.name} cannot be read.`);
+  }
+}
+
 /** Files that are dropped on a zone. */
 export function onDrop(zone, take) {
   const over = (on) => (event) => {

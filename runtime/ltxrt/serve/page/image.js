@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The first frame: chosen or dropped, and seen before it is sent.
 
-import { byId, bytes, onDrop, show } from "./dom.js";
+import { byId, bytes, held, onDrop, show } from "./dom.js";
 
 export class ImagePicker {
   file = null;
@@ -9,8 +9,8 @@ export class ImagePicker {
   constructor(changed) {
     this.changed = changed;
     const chosen = byId("input_image");
-    chosen.addEventListener("change", () => chosen.files[0] && this.take(chosen.files[0]));
-    onDrop(byId("image-drop"), (file) => this.take(file));
+    chosen.addEventListener("change", () => chosen.files[0] && this.#hold(chosen.files[0]));
+    onDrop(byId("image-drop"), (file) => this.#hold(file));
     byId("image-remove").addEventListener("click", () => {
       this.take(null);
       chosen.focus();
@@ -18,6 +18,14 @@ export class ImagePicker {
     const preview = byId("image-preview");
     preview.addEventListener("load", () => this.#size(`${preview.naturalWidth} × ${preview.naturalHeight} px`));
     preview.addEventListener("error", () => this.#size("no preview"));
+  }
+
+  async #hold(file) {
+    try {
+      this.take(await held(file));
+    } catch (error) {
+      this.changed(error.message);
+    }
   }
 
   #size(text) {
