@@ -9,7 +9,7 @@ Written against what TensorRT 11.4 and 10.16 share and checked against both bind
 run on a GPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,41 +108,49 @@ class TensorRtNetwork:
 
     def _context(self, profile: int) -> _Context:
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        raw = self._plan.engine.create_execution_context(strategy)
-        if raw is None:
-            raise self._failure("has no execution context")
-        if not raw.set_optimization_profile_async(profile, self._device.compute.handle):
-            raise self._failure(f"refuses profile {self._key.profiles[profile].name}")
+        raw = self._ask("has no execution context", self._plan.engine.create_execution_context, strategy)
+        name = self._key.profiles[profile].name
+        self._ask(f"refuses profile {name}", raw.set_optimization_profile_async, profile, self._device.compute.handle)
         return _Context(raw, profile)
 
     def _prepare(self, context: _Context, inputs: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
         """Set shapes, working memory and addresses; the outputs are new."""
         raw = context.raw
         for name, value in inputs.items():
-            if not raw.set_input_shape(name, value.shape):
-                raise self._failure(f"refuses {name} of shape {value.shape}")
-        if missing := raw.infer_shapes():
+            self._ask(f"refuses {name} of shape {value.shape}", raw.set_input_shape, name, value.shape)
+        missing = self._ask("cannot tell its shapes", raw.infer_shapes)
+        if missing:
             raise self._failure(f"cannot tell its shapes from {', '.join(missing)}")
-        needed = int(raw.update_device_memory_size_for_shapes())
+        needed = int(self._ask("cannot tell its working memory", raw.update_device_memory_size_for_shapes))
         context.scratch = self._device.scratch.reserve(needed)
         raw.set_device_memory(context.scratch.address, context.scratch.size_bytes)
         outputs: dict[str, DeviceTensor] = {}
         for spec in self.outputs:
-            shape = tuple(int(size) for size in raw.get_tensor_shape(spec.name))
+            found = self._ask(f"cannot tell the shape of {spec.name}", raw.get_tensor_shape, spec.name)
+            shape = tuple(int(size) for size in found)
             if any(size < 0 for size in shape):
                 raise self._failure(f"cannot tell the shape of {spec.name}, only {shape}")
             outputs[spec.name] = self._device.empty(shape, spec.dtype)
         for name, value in (*inputs.items(), *outputs.items()):
-            if not raw.set_tensor_address(name, value.address):
-                raise self._failure(f"refuses an address for {name}")
+            self._ask(f"refuses an address for {name}", raw.set_tensor_address, name, value.address)
         return outputs
 
     def _execute(self, context: _Context, stream: Stream) -> None:
-        if not context.raw.execute_async_v3(stream.handle):
-            raise self._failure("does not run")
+        self._ask("does not run", context.raw.execute_async_v3, stream.handle)
 
-    def _failure(self, what: str) -> EngineError:
-        return EngineError(f"{self.name}: the plan {what}: {self._plan.log.last()}")
+    def _ask(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """An answer of TensorRT's, whose bindings raise for some refusals and give False or None for others."""
+        try:
+            answer = call(*arguments)
+        except (RuntimeError, ValueError) as error:
+            raise self._failure(failing, " ".join(str(error).split())) from error
+        if answer is None or answer is False:
+            raise self._failure(failing)
+        return answer
+
+    def _failure(self, what: str, told: str = "") -> EngineError:
+        log = self._plan.log
+        return EngineError(f"{self.name}: the plan {what}: {log.last() if log.errors or not told else told}")
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every call that an engine build makes, through TensorRT's real Python bindings, in both supported versions.
+"""Every call that builds and runs of engines make, through TensorRT's real Python bindings, in both supported versions.
 
 The bindings are on the public index; the libraries behind them are not, and would need a GPU. So the bindings load
-stand-ins (``stubs.cpp``), and ``conformance.py`` runs our code on them in a process of its own.
+stand-ins (``stubs.cpp``), and ``conformance.py`` (builds) and ``conformance_runtime.py`` (runs) run our code on them in
+a process of its own.
 """
 
 import json
@@ -40,8 +41,8 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return version, folder
 
 
-def conformance(bindings: tuple[str, Path], folder: Path, what: str) -> dict[str, Any]:
-    """What ``conformance.py`` found."""
+def conformance(bindings: tuple[str, Path], folder: Path, what: str, program: str = "conformance.py") -> dict[str, Any]:
+    """What a program found."""
     version, packages = bindings
     major = version.partition(".")[0]
     objects = ["-DOBJECTS"] if what == "calls" else []
@@ -50,7 +51,7 @@ def conformance(bindings: tuple[str, Path], folder: Path, what: str) -> dict[str
         command = ["g++", "-O1", "-shared", "-fPIC", f"-D{macro}", *objects, f"-Wl,-soname,{name}"]
         subprocess.run([*command, "-o", str(folder / name), str(HERE / "stubs.cpp")], check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(packages)}
-    script = [sys.executable, "-X", "faulthandler", str(HERE / "conformance.py"), str(tiny_bundle_path()), str(folder)]
+    script = [sys.executable, "-X", "faulthandler", str(HERE / program), str(tiny_bundle_path()), str(folder)]
     ran = subprocess.run([*script, what], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
@@ -89,3 +90,28 @@ def test_whole_compilations_pass_the_bindings(bindings, tmp_path) -> None:
     assert found["accepted"] == [True, True]
     assert found["refused"] == [False, False, False, 0, False, None, None, "", None]
     assert found["profile_number"] == -1
+
+
+# --- runs ---
+
+
+def test_every_name_that_the_runtime_asks_for_is_there(bindings, tmp_path) -> None:
+    found = conformance(bindings, tmp_path, "names", "conformance_runtime.py")
+    assert {"module.Runtime", "raw.execute_async_v3", "raw.set_device_memory", "modes.OUTPUT"} <= set(found["asked"])
+    assert len(found["asked"]) > 18
+    assert found["errors"] == ["one line"]
+    assert found["refusal"] == "denoiser: TensorRT's runtime does not start: no reason given"
+
+
+def test_whole_runs_pass_the_bindings(bindings, tmp_path) -> None:
+    found = conformance(bindings, tmp_path, "calls", "conformance_runtime.py")
+    assert found["outputs"] == {"upsampled": [1, 32, 2, 4, 6]}
+    assert found["scratch"] == found["told"] == 0x100010  # the stand-in's answer, which the runtime allocates
+    assert found["capture"] == "upsampler: the captured CUDA graph is empty"
+    assert found["refused"] == {
+        "set_optimization_profile_async": "upsampler: the plan refuses profile all: Error in set optimization profile async.",
+        "set_input_shape": "upsampler: the plan refuses latent of shape (1, 32, 2, 2, 3): no reason given",
+        "set_tensor_address": "upsampler: the plan refuses an address for latent: no reason given",
+        "execute_async_v3": "upsampler: the plan does not run: no reason given",
+        "create_execution_context": "upsampler: the plan has no execution context: no reason given",
+    }
