@@ -104,7 +104,7 @@ def main() -> None:
 def calibrated(bundle: Bundle) -> Calibration:
     """A calibration made now."""
     for step in calibrate(bundle):
-        print(f"calibration {step.index}/{step.total}: {step.description}", flush=True)
+        print(f"calibration {step.index}/{step.total} {step.note}", flush=True)
         if step.calibration is not None:
             return step.calibration
     raise AssertionError("the last step carries the calibration")

@@ -66,6 +66,9 @@ CalibrationFlag = Annotated[
     Path | None,
     typer.Option(help="Ranges for the presets' networks; else they are measured on the way.", show_default=False),
 ]
+OtherLorasFlag = Annotated[
+    bool, typer.Option("--other-loras", help="Take a calibration made with other LoRAs than --lora, or with none.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -98,6 +101,7 @@ def export(  # noqa: PLR0913  # one parameter per flag
     precision: PrecisionFlag = "fp32",
     backend: BackendFlag = "gpu",
     calibration: CalibrationFlag = None,
+    other_loras: OtherLorasFlag = False,
     check: CheckFlag = True,
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
@@ -114,6 +118,7 @@ def export(  # noqa: PLR0913  # one parameter per flag
         precisions=precision,
         backend=backend,
         calibration=_calibration(calibration, precision),
+        other_loras=other_loras,
     )
     loras = [LoraFile.parse(text) for text in lora or ()]
     _export(Sources.open(checkpoint, text_encoder, upsampler, loras), out, options, as_json=as_json)

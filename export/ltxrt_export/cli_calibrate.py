@@ -11,7 +11,7 @@ import typer
 from ltxrt.cli_process import emit
 from ltxrt.errors import OutputError
 
-from .cli_steps import CheckpointFlag, JsonFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
+from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
 
 __all__ = ["app"]
 
@@ -24,19 +24,28 @@ def calibrate(  # noqa: PLR0913  # one parameter per flag
     out: Annotated[Path, typer.Option(help="The JSON file to write.", show_default=False)],
     text_encoder: TextEncoderFlag = None,
     upsampler: UpsamplerFlag = None,
+    lora: LoraFlag = None,
     semantics: SemanticsFlag = "R3",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda needs onnxruntime-gpu.")] = "cpu",
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GB of memory that networks may take; else what is free."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the ranges of a model's activations, for export --precision presets --calibration."""
     from .exporter import ExportOptions, Sources, calibrate_model, calibration_stages
+    from .lora import LoraFile
     from .networks.denoiser import Semantics
+    from .quantize.calibrate import CalibrationOptions
     from .quantize.calibration import Calibration
 
     if out.is_dir() or (out.exists() and not overwrite):
         raise OutputError(f"{out}: exists already; choose another file, or --overwrite to replace a file")
-    sources = Sources.open(checkpoint, text_encoder, upsampler)
-    options = ExportOptions(semantics=Semantics(semantics), check=False)
+    sources = Sources.open(checkpoint, text_encoder, upsampler, [LoraFile.parse(text) for text in lora or ()])
+    calibrating = CalibrationOptions(memory_bytes=None if memory is None else int(memory * 1e9), device=device)
+    options = ExportOptions(semantics=Semantics(semantics), check=False, calibrating=calibrating)
     show_steps(calibrate_model(sources, out, options), calibration_stages())
     made = Calibration.load(out)
     networks = {name: {"layers": len(r.layers), "near_fp16_limit": r.large} for name, r in made.networks.items()}

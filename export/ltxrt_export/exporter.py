@@ -65,6 +65,7 @@ class ExportOptions:
         precisions: ``fp32`` alone, or what each preset asks for.
         backend: What the networks of the presets will run on.
         calibration: Ranges for the networks of the presets; None makes one on the way.
+        other_loras: Take a calibration that was made with other LoRAs, or with none.
         calibrating: How one is made, and the size of the clip that checks variants.
     """
 
@@ -76,6 +77,7 @@ class ExportOptions:
     precisions: Literal["fp32", "presets"] = "fp32"
     backend: Backend = "gpu"
     calibration: Calibration | None = None
+    other_loras: bool = False
     calibrating: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
@@ -128,7 +130,7 @@ def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -
         yield from run.weights(specs)
         model = _model_entry(writer, sources, options, stream)
         if options.calibration is not None:
-            options.calibration.check_model(model)
+            options.calibration.check_model(model, other_loras=options.other_loras)
         keys, rows = yield from run.fp32_networks(specs)
         presets = {preset: keys for preset in PRESET_NAMES}
         if options.precisions == "presets":
@@ -227,9 +229,9 @@ class _Run:
         """Run the clips through the fp32 networks."""
         yield self.step("calibration", rows=rows)
         calibration: Calibration | None = None
-        for clip in calibrate(bundle, self.options.calibrating):
-            yield self.step("calibration", done=clip.index, size=clip.total)
-            calibration = clip.calibration
+        for step in calibrate(bundle, self.options.calibrating):
+            yield self.step("calibration", note=step.note, done=step.index, size=step.total)
+            calibration = step.calibration
         assert calibration is not None  # the last step carries it
         return calibration
 

@@ -62,6 +62,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
             ("bundle", str(bundle.path)),
             ("model", f"{model.name} {model.version}, semantics {model.semantics}"),
             ("checkpoint", f"sha256 {model.checkpoint_sha256}"),
+            *(("LoRA", f"{lora.name} x {lora.scale:g}, sha256 {lora.sha256}") for lora in model.loras),
             ("licence", model.licence),
             ("made with", ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())),
             ("schema", str(manifest.schema_version)),

@@ -3,17 +3,21 @@
 
 import json
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import ModelProto
+from safetensors.torch import save_file
 
 from ltxrt.bundle import Bundle
+from ltxrt.manifest import LoraEntry
 from ltxrt_export import exporter
 from ltxrt_export.cli import run
 from ltxrt_export.networks.spec import NetworkSpec
-from ltxrt_export.quantize import calibrate, sensitivity
+from ltxrt_export.quantize import calibrate, recording, sensitivity
 from ltxrt_export.quantize.calibrate import CalibrationOptions, CalibrationStep
 from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin
 from ltxrt_export.quantize.clips import CLIPS
@@ -73,8 +77,8 @@ def clips(monkeypatch: pytest.MonkeyPatch) -> list[Bundle]:
         assert options == CalibrationOptions()
         seen.append(bundle)
         assert Path.cwd() in bundle.path.parents
-        yield CalibrationStep(0, 1, "a clip")
-        yield CalibrationStep(1, 1, "done", calibration_of(bundle))
+        yield CalibrationStep(0, 1)
+        yield CalibrationStep(1, 1, calibration=calibration_of(bundle))
 
     monkeypatch.setattr(exporter, "calibrate", fake)
     return seen
@@ -194,16 +198,84 @@ def test_sensitivity_refuses_the_calibration_of_another_model(
     assert measured == []
 
 
+def test_loras_device_and_memory_reach_the_calibration(
+    work: Path, model: list[str], traced: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    seen: list[tuple[Bundle, CalibrationOptions]] = []
+
+    def fake(bundle: Bundle, options: CalibrationOptions) -> Generator[CalibrationStep]:
+        seen.append((bundle, options))
+        yield CalibrationStep(0, 1, "every network whole")
+        yield CalibrationStep(1, 1, calibration=calibration_of(bundle))
+
+    monkeypatch.setattr(exporter, "calibrate", fake)
+    layer = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(1, 128), f"{layer}.lora_B.weight": torch.zeros(128, 1)},
+        "style.safetensors",
+    )
+    command = ["calibrate", *model, "--out", "c.json", "--lora", "style.safetensors:0.5"]
+    assert run([*command, "--device", "cuda", "--memory", "1.5"]) == 0
+    ((bundle, options),) = seen
+    assert [(lora.name, lora.scale) for lora in bundle.manifest.model.loras] == [("style", 0.5)]
+    assert (options.device, options.memory_bytes) == ("cuda", 1_500_000_000)
+    err = capsys.readouterr().err
+    assert "1 weights are changed" in err
+    assert "every network whole\n" in err
+
+
+def test_a_calibration_with_a_lora_is_refused_without_it(
+    work: Path, model: list[str], traced: None, capsys: Capture
+) -> None:
+    """Before anything is exported; that it may be taken even so is in test_quantize_calibration.py."""
+    made = calibration_of(Bundle.open())
+    style = LoraEntry(name="style", scale=0.5, sha256="ef" * 32)
+    made.model_copy(update={"made_from": made.made_from.model_copy(update={"loras": (style,)})}).save(work / "c.json")
+    command = ["export", *model, "--out", "bundle", "--precision", "presets", "--calibration", "c.json"]
+    assert run(command) == 9
+    assert "made with LoRA style x 0.5 (efefefefefef), this model has no LoRA" in capsys.readouterr().err
+    assert [path.name for path in work.iterdir()] == ["c.json"]
+    # Said so, it goes on to the layers, which this file has none of.
+    assert run([*command, "--other-loras", "--no-check"]) == 9
+    assert "lacks" in capsys.readouterr().err
+
+
+def test_without_a_gpu_cuda_is_refused_in_one_line(
+    work: Path, model: list[str], traced: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(recording.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert run(["calibrate", *model, "--out", "c.json", "--device", "cuda"]) == 6
+    assert "error: this ONNX Runtime knows no GPU: uninstall onnxruntime, install" in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+
+
 @pytest.mark.slow
-def test_a_calibration_of_the_tiny_model_fits_its_networks(
-    work: Path, model: list[str], traced: None, monkeypatch: pytest.MonkeyPatch
+def test_a_calibration_of_the_tiny_model_fits_its_networks_and_is_the_same_in_parts(
+    work: Path, model: list[str], traced: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The real thing, on one small clip."""
-    small = CalibrationOptions(width=64, height=64, frames=9, clips=CLIPS[1:2])
+    small = CalibrationOptions(width=64, height=64, frames=9, clips=CLIPS[1:2], segment_bytes=5 * 10**6)
     real = exporter.calibrate
-    monkeypatch.setattr(exporter, "calibrate", lambda bundle, options: real(bundle, small))
+    monkeypatch.setattr(
+        exporter, "calibrate", lambda bundle, given: real(bundle, replace(small, memory_bytes=given.memory_bytes))
+    )
     assert run(["calibrate", *model, "--out", "c.json"]) == 0
+    assert "calibration: every network whole" in capsys.readouterr().err
     made = Calibration.load(work / "c.json")
     made.check_model(Bundle.open().manifest.model)
     assert len(made.networks["denoiser"].layers) > 100
     assert (work / "c.json").stat().st_size < 50_000
+    assert run(["calibrate", *model, "--out", "parts.json", "--memory", "1.06"]) == 0
+    assert (
+        "calibration: a few layers at a time of denoiser (10.0 MB in fp32), the rest whole" in capsys.readouterr().err
+    )
+    parts = Calibration.load(work / "parts.json")
+    assert parts.made_from == made.made_from
+    for name, ranges in made.networks.items():
+        assert set(parts.networks[name].layers) == set(ranges.layers)
+        for key, layer in ranges.layers.items():
+            # Four digits are kept of each; a percentile may fall into the next bin, 1.6 % further.
+            other = parts.networks[name].layers[key]
+            assert other.amax == pytest.approx(layer.amax, rel=1.1e-3)
+            assert other.percentile == pytest.approx(layer.percentile, rel=2e-2)
+        assert parts.networks[name].large == pytest.approx(ranges.large, rel=1.1e-3)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ltxrt.bundle import Bundle
 from ltxrt.errors import ExportError, OutputError
+from ltxrt.manifest import LoraEntry
 from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin, rounded
 from ltxrt_export.quantize.clips import CLIPS, IMAGES, SOUNDS
 
@@ -48,6 +49,44 @@ def test_another_checkpoint_or_other_rules_are_refused() -> None:
         CALIBRATION.check_model(model.model_copy(update={"checkpoint_sha256": "cd" * 32}))
     with pytest.raises(ExportError, match=r"by rules R3, this is .* abababababab by rules R1: calibrate again"):
         CALIBRATION.check_model(model.model_copy(update={"semantics": "R1"}))
+
+
+STYLE = LoraEntry(name="style", scale=0.5, sha256="ef" * 32)
+OTHER = LoraEntry(name="other", scale=1.0, sha256="01" * 32)
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "words"),
+    [
+        ((STYLE,), (), r"made with LoRA style x 0.5 \(efefefefefef\), this model has no LoRA: calibrate again"),
+        ((), (STYLE,), r"made with no LoRA, this model has LoRA style x 0.5 \(efefefefefef\): calibrate again"),
+        ((STYLE,), (STYLE.model_copy(update={"scale": 0.75}),), "this model has LoRA style x 0.75"),
+        ((STYLE,), (STYLE, OTHER), r"has LoRA style x 0.5 \(efefefefefef\), other x 1 \(010101010101\)"),
+    ],
+)
+def test_other_loras_are_refused_unless_that_is_said(
+    made: tuple[LoraEntry, ...], used: tuple[LoraEntry, ...], words: str
+) -> None:
+    model = Bundle.open().manifest.model.model_copy(
+        update={"checkpoint_sha256": "ab" * 32, "semantics": "R3", "loras": used}
+    )
+    calibration = CALIBRATION.model_copy(update={"made_from": ORIGIN.model_copy(update={"loras": made})})
+    with pytest.raises(ExportError, match=words):
+        calibration.check_model(model)
+    calibration.check_model(model, other_loras=True)
+    with pytest.raises(ExportError, match="by rules R1"):  # of which nothing was said
+        calibration.check_model(model.model_copy(update={"semantics": "R1"}), other_loras=True)
+
+
+def test_the_same_loras_in_another_order_or_at_scale_0_are_the_same(tmp_path: Path) -> None:
+    model = Bundle.open().manifest.model.model_copy(
+        update={"checkpoint_sha256": "ab" * 32, "semantics": "R3", "loras": (OTHER, STYLE)}
+    )
+    off = LoraEntry(name="off", scale=0.0, sha256="23" * 32)
+    made = CALIBRATION.model_copy(update={"made_from": ORIGIN.model_copy(update={"loras": (STYLE, off, OTHER)})})
+    made.check_model(model)
+    made.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == made
 
 
 @pytest.mark.parametrize(

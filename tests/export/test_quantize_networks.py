@@ -41,7 +41,7 @@ from ltxrt_export.quantize.precision import (
     variants,
 )
 from ltxrt_export.quantize.recipe import load_recipe
-from ltxrt_export.quantize.recording import GraphTap, open_session
+from ltxrt_export.quantize.recording import GraphTap, Taps, open_session
 from ltxrt_export.quantize.sensitivity import record_feeds, sensitivity, table
 from ltxrt_export.quantize.twin import rounding_twin
 from ltxrt_export.weights import TensorFile
@@ -173,8 +173,10 @@ def outputs(model: ModelProto, folder: Path, feeds: Feeds, *, exact: bool = Fals
 
 
 def test_calibration_runs_every_step_of_every_clip(steps: Sequence[CalibrationStep], calibration: Calibration) -> None:
-    assert [(step.index, step.total) for step in steps] == [(0, 2), (1, 2), (2, 2)]
-    assert [step.calibration is None for step in steps] == [True, True, False]
+    assert [(step.index, step.total) for step in steps] == [(0, 11), *((index, 11) for index in range(12))]
+    assert [step.calibration is None for step in steps] == [True] * 12 + [False]
+    assert "every network whole" in steps[0].note
+    assert {step.note for step in steps[1:]} == {""}
     assert len(calibration.made_from.stage_1_sigmas) == 9
     assert len(calibration.made_from.stage_2_sigmas) == 4
     assert "face at 1" in calibration.made_from.clips[1]
@@ -200,7 +202,10 @@ def test_calibration_covers_every_linear_layer(calibration: Calibration, network
 def test_the_tap_gives_what_the_graph_gives(networks: Mapping[str, Network]) -> None:
     network = networks["denoiser"]
     feeds, name = network.feeds(), "block.0/linear"
-    found, taps = GraphTap(network.path, [name], ["video/1"], threads=1).run(feeds)
+    seen: list[Taps] = []
+    tap = GraphTap(network.model, network.path.parent, [name], ["video/1"], threads=1)
+    (found,) = tap.run([feeds], seen.append)
+    (taps,) = seen
     np.testing.assert_allclose(
         found["latent_next"], outputs(network.model, network.path.parent, feeds)[0], rtol=1e-5, atol=1e-6
     )

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Graphs in parts: what passes through is what passes through the whole, and only a part is in memory."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +69,7 @@ def test_parts_hold_the_budget_and_give_what_the_whole_gives(layers: int, budget
     assert all(size <= max(budget, one) for size in sizes)
     assert weight_bytes(model.graph) <= sum(sizes) <= weight_bytes(model.graph) + one
     # As few as the order allows: no two neighbours would fit together.
-    assert all(left + right > budget for left, right in zip(sizes, sizes[1:], strict=False))
+    assert all(left + right > budget for left, right in pairwise(sizes))
     generator = np.random.default_rng(layers)
     batches: list[Arrays] = [
         {name: generator.standard_normal((1, WIDTH)).astype(np.float32) for name in ("x", "factor")} for _ in range(2)

@@ -52,6 +52,17 @@ def test_text(made, capsys):
     assert file_sha256(made / "tables.npz") in out
 
 
+def test_fused_loras(made, capsys):
+    path = made / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert cli.run(["inspect", str(made)]) == 0
+    assert "LoRA" not in capsys.readouterr().out
+    manifest["model"]["loras"] = [{"name": "style", "scale": 0.75, "sha256": "ef" * 32}]
+    path.write_text(json.dumps(manifest))
+    assert cli.run(["inspect", str(made)]) == 0
+    assert f"LoRA        style x 0.75, sha256 {'ef' * 32}" in capsys.readouterr().out
+
+
 def test_json(made, capsys):
     assert cli.run(["inspect", str(made), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

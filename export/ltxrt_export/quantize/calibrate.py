@@ -207,7 +207,7 @@ def run_clip(
             sigmas=sigmas,
         )
         for step in stage.run(conditioning, latent, seed):
-            latent = step.latent
+            latent = np.asarray(step.latent)
     assert latent is not None  # both stages ran
     grid = to_grid(latent, canvas.to_latent())
     decoder = VideoDecoder(engines.video_decoder, model.stream, preset.decode_chunk_latents)
@@ -252,4 +252,3 @@ def fp32_entry(bundle: Bundle, name: str) -> NetworkEntry:
         if entry.network == name and entry.precision == "fp32":
             return entry
     raise ExportError(f"{bundle.path}: {name} is not there in fp32, which this needs: export with --precision fp32")
-

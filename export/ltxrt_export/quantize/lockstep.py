@@ -7,8 +7,9 @@ the caller's thread, a round at a time. So nothing has to be safe for threads, a
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 from ltxrt.engine import Array
@@ -32,13 +33,6 @@ class _Call:
     network: str
     feeds: Arrays
     reply: "Future[dict[str, Array]]" = field(default_factory=lambda: Future[dict[str, Array]]())
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """A clip has ended, well or with an error."""
-
-    error: BaseException | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,58 +61,50 @@ def in_lockstep(
     Raises:
         Exception: Whatever a clip or ``run`` raised; the other clips are unwound first.
     """
-    asked: SimpleQueue[_Call | _End] = SimpleQueue()
+    asked: SimpleQueue[_Call | Future[object]] = SimpleQueue()
     given_up = threading.Event()
     waiting: list[_Call] = []
     running = 0
-    try:
-        for index, clip in enumerate(clips):
-            threading.Thread(target=_work, args=(index, clip, asked, given_up), daemon=True).start()
-            running += 1
-        while running:
-            while len(waiting) < running:
-                found = asked.get()
-                if isinstance(found, _Call):
-                    waiting.append(found)
-                    continue
-                running -= 1
-                if found.error is not None:
-                    raise found.error
-            if not waiting:
-                return
-            network = min((call.network for call in waiting), key=order.index)
-            calls = sorted((call for call in waiting if call.network == network), key=lambda call: call.clip)
-            yield Round(network, len(calls))
-            for call, outputs in zip(calls, run(network, [call.feeds for call in calls]), strict=True):
-                waiting.remove(call)
-                call.reply.set_result(outputs)
-    finally:
-        given_up.set()
-        for call in waiting:
-            call.reply.set_exception(_Abandoned())
-        while running:
-            found = asked.get()
-            if isinstance(found, _Call):
-                found.reply.set_exception(_Abandoned())
-            else:
-                running -= 1
 
-
-def _work(
-    index: int, clip: Callable[[Ask], object], asked: "SimpleQueue[_Call | _End]", given_up: threading.Event
-) -> None:
-    def ask(network: str, feeds: Arrays) -> dict[str, Array]:
-        call = _Call(index, network, feeds)
+    def ask(clip: int, network: str, feeds: Arrays) -> dict[str, Array]:
+        call = _Call(clip, network, feeds)
         asked.put(call)
         if given_up.is_set():
             raise _Abandoned
         return call.reply.result()
 
-    try:
-        clip(ask)
-    except _Abandoned:
-        asked.put(_End(None))
-    except BaseException as error:
-        asked.put(_End(error))
-    else:
-        asked.put(_End(None))
+    with ThreadPoolExecutor(max(1, len(clips))) as pool:
+        try:
+            for index, clip in enumerate(clips):
+                pool.submit(clip, partial(ask, index)).add_done_callback(asked.put)
+                running += 1
+            while running:
+                found = asked.get()
+                if isinstance(found, _Call):
+                    waiting.append(found)
+                else:
+                    running -= 1
+                    found.result()  # raises what ended the clip
+                if not waiting or len(waiting) < running:
+                    continue
+                network = min((call.network for call in waiting), key=order.index)
+                calls = sorted((call for call in waiting if call.network == network), key=lambda call: call.clip)
+                yield Round(network, len(calls))
+                for call, outputs in zip(calls, run(network, [call.feeds for call in calls]), strict=True):
+                    waiting.remove(call)
+                    call.reply.set_result(outputs)
+        finally:
+            given_up.set()
+            _unwind(asked, waiting, running)
+
+
+def _unwind(asked: "SimpleQueue[_Call | Future[object]]", waiting: Sequence[_Call], running: int) -> None:
+    """Give up every call, made or still to come, until all clips have ended."""
+    for call in waiting:
+        call.reply.set_exception(_Abandoned())
+    while running:
+        found = asked.get()
+        if isinstance(found, _Call):
+            found.reply.set_exception(_Abandoned())
+        else:
+            running -= 1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that let a spectator see what the runtime feeds a network, so that calibration runs on real inputs.
 
-``GraphTap`` runs a whole graph. ``SegmentTap`` runs one of any size in the memory of a part of it: a few layers' weights
-at a time, over all batches before the next ones. Both give the same tensors under the same names. On a GPU they have
-not run yet.
+``GraphTap`` runs a whole graph. ``SegmentTap`` runs one of any size in the memory of a part of it: a few layers at a
+time, over all batches before the next ones. Both give the same tensors under the same names. On a GPU they have not run
+yet.
 """
 
 import shutil
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper
 
