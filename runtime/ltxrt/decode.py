@@ -66,7 +66,7 @@ class VideoDecoder:
     stream: StreamEntry
     chunk_latents: int
 
-    def chunks(self, latent: NDArray[np.float32], frames: int, rate: Fraction) -> Iterator[FrameChunk]:
+    def chunks(self, latent: Tensor, frames: int, rate: Fraction) -> Iterator[FrameChunk]:
         """Decode the first ``frames`` frames.
 
         Args:
@@ -89,7 +89,7 @@ class VideoDecoder:
             f"{self.engine.name}: {latent.shape[2]} latent frames gave {done} frames, {frames} are needed"
         )
 
-    def _decoded(self, latent: NDArray[np.float32]) -> Iterator[Tensor]:
+    def _decoded(self, latent: Tensor) -> Iterator[Tensor]:
         """The frames of every chunk, in order; those of a device one chunk late, when they have been copied."""
         _, _, count, height, width = latent.shape
         states: dict[str, Tensor] = {
@@ -103,7 +103,7 @@ class VideoDecoder:
         start = 0
         for index, length in enumerate(lengths):
             feeds: Mapping[str, Tensor] = {
-                "latent": np.ascontiguousarray(latent[:, :, start : start + length]),
+                "latent": _latents(latent, start, start + length),
                 "first": np.zeros(int(index == 0), np.float32),
                 "last": np.zeros(int(index == len(lengths) - 1), np.float32),
                 **states,
@@ -120,3 +120,10 @@ class VideoDecoder:
                 yield copies.popleft().wait()
         while copies:
             yield copies.popleft().wait()
+
+
+def _latents(latent: Tensor, start: int, stop: int) -> Tensor:
+    """Some latent frames of [1, 128, f, h, w], contiguous, where they are."""
+    if isinstance(latent, DeviceTensor):
+        return latent.device.part(latent, 2, start, stop)
+    return np.ascontiguousarray(np.asarray(latent)[:, :, start:stop])

@@ -16,6 +16,7 @@ from typing import Literal
 from .backends import Machine
 from .bundle import Bundle
 from .clip_memory import ClipMemory, ClipSize, Fits, clip_memory, largest_that_fits
+from .device_layout import open_layout
 from .engine import Array, Capture, Engine, Tensor, TensorSpec, check_feeds
 from .engine_device import Bound, DeviceEngine
 from .engine_onnx_cuda import cuda_engine
@@ -44,15 +45,24 @@ class GpuStore:
         compiled: TensorRT's engines rather than ONNX Runtime.
         device: An opened device; None opens the machine's GPU.
 
+    Attributes:
+        device: The GPU.
+        residency: Whether the text encoder stays.
+        no_layout: Why latents go through the host between networks; empty where they do not.
+
     Raises:
         EngineError: The GPU cannot be opened.
     """
+
+    no_layout = ""
 
     def __init__(self, bundle: Bundle, machine: Machine, *, compiled: bool, device: Device | None = None) -> None:
         self._bundle = bundle
         self._machine = machine
         self._compiled = compiled
         self.device = device or open_device()
+        if self.device.layout is None:
+            self.device.layout, self.no_layout = open_layout(self.device, bundle.manifest.model.latent_channels)
         self._captures: IdlePool[Bound] = IdlePool(CAPTURES)
         self._loaded: dict[str, Engine] = {}
         self.residency: Residency = "resident"

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .clip_file import ClipFile, check_destination
 from .clip_memory import ClipSize
-from .clip_memory import ClipSize
 from .decode import VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
 from .engine import Tensor
 from .engine_store import Engines, EngineStore, check_fits
-from .latent import to_grid
+from .latent import grid_of
 from .mux import FragmentMuxer, MuxOptions
 from .plan import Plan, plan_clip
 from .prompt_cache import PromptCache, text_model
@@ -116,8 +115,6 @@ class Pipeline:
         with timings.stage("plan"):
             plan = plan_clip(request, self.bundle)
             check_fits(self.store, plan.preset.name, ClipSize(plan.canvas, plan.rate))
-            if isinstance(self.store, EngineStore):  # which may know what fits
-                self.store.check(plan.preset.name, ClipSize(plan.canvas, plan.rate))
         return self._events(plan, timings)
 
     def _events(self, plan: Plan, timings: Timings) -> Generator[Event]:
@@ -137,7 +134,8 @@ class Pipeline:
         ):
             if latent is not None:
                 with timings.stage("upsample"):
-                    initial = latent = upsample(engines.upsampler, latent, half)
+                    # Noise is drawn and added on the host.
+                    initial = np.asarray(upsample(engines.upsampler, latent, half), np.float32)
                 yield Progress("upsample", 1, 1)
             stage = DenoiseStage(
                 number=number,
@@ -159,7 +157,7 @@ class Pipeline:
                 yield Progress(name, step.step, step.steps)
         assert latent is not None  # both stages ran
         timings.mark("last_denoise_step")
-        yield from self._deliver(plan, to_grid(np.asarray(latent, np.float32), full), engines, timings)
+        yield from self._deliver(plan, grid_of(latent, full), engines, timings)
         yield summarise(plan, notes, timings, self.bundle, self.store.backend.name)
 
     def _condition(self, plan: Plan, engines: Engines) -> tuple[Conditioning, tuple[str, ...]]:
@@ -180,7 +178,7 @@ class Pipeline:
         return conditioning, ()
 
     def _deliver(
-        self, plan: Plan, latent: NDArray[np.float32], engines: Engines, timings: Timings
+        self, plan: Plan, latent: Tensor, engines: Engines, timings: Timings
     ) -> Iterator[Progress | Fragment]:
         """Decode, encode and mux, chunk by chunk."""
         decoder = VideoDecoder(

@@ -8,12 +8,14 @@ results out beside it. Only ``np.asarray`` of a device tensor, a ``HostCopy`` an
 Checked against the interfaces of cuda-core 1.2 and cuda-bindings 13; it has never run on a GPU.
 """
 
+import math
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +29,15 @@ __all__ = ["Device", "Stream", "open_device"]
 
 _INSTALL = "run pip install 'ltxrt[gpu]'"
 _WORD_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A part of every row: ``width_bytes`` out of ``pitch_bytes``, ``count`` times."""
+
+    width_bytes: int
+    pitch_bytes: int
+    count: int
 
 
 class Stream:
@@ -57,6 +68,15 @@ class Stream:
         """Copy within the device; the two must not overlap."""
         self._done("cuMemcpyDtoDAsync", target, source, size_bytes, self.raw.handle)
 
+    def copy_rows(self, target: int, source: int, rows: "Rows") -> None:
+        """Copy the same part of every row within the device; the target is dense."""
+        copy = self._driver.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.dstDevice = source, target
+        copy.srcPitch, copy.dstPitch = rows.pitch_bytes, rows.width_bytes
+        copy.WidthInBytes, copy.Height = rows.width_bytes, rows.count
+        self._done("cuMemcpy2DAsync", copy, self.raw.handle)
+
     def write_word(self, target: int, word: int) -> None:
         """Write 32 bits that travel with the call: no host memory has to hold, and nothing waits."""
         self._done("cuMemsetD32Async", target, word, 1, self.raw.handle)
@@ -83,6 +103,14 @@ class Stream:
             raise EngineError(f"the GPU refuses {call}: {result.name}")
 
 
+class Layout(Protocol):
+    """What turns latents on the device (``device_layout.LayoutKernels``)."""
+
+    def to_grid(self, tokens: DeviceTensor, shape: tuple[int, int, int]) -> DeviceTensor: ...
+
+    def to_tokens(self, grid: DeviceTensor) -> DeviceTensor: ...
+
+
 class Device:
     """An opened GPU. Safe to share between threads, each of which calls ``make_current`` first.
 
@@ -97,6 +125,7 @@ class Device:
         copies: The stream that results are copied out on.
         pinned: Page-locked host memory.
         scratch: The engines' working memory.
+        layout: Turns latents; None lets them go through the host.
     """
 
     def __init__(self, gpu: Gpu, core: ModuleType, driver: ModuleType) -> None:
@@ -113,6 +142,7 @@ class Device:
         host = core.LegacyPinnedMemoryResource()
         self.pinned = PinnedPool(lambda size: PinnedBlock(host.allocate(size)))
         self.scratch = Scratch(self.allocate)
+        self.layout: Layout | None = None
 
     def make_current(self) -> None:
         """Make it the GPU that CUDA uses in the calling thread. Deserialised engines belong to the current one."""
@@ -143,9 +173,18 @@ class Device:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         """A tensor that owns its memory, of no particular content."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        memory = self.allocate(size)
+        memory = self.allocate(math.prod(shape) * np.dtype(dtype).itemsize)
         return DeviceTensor(self, memory.address, shape, dtype, memory)
+
+    def part(self, tensor: DeviceTensor, axis: int, start: int, stop: int) -> DeviceTensor:
+        """A range of one axis, as a dense tensor of its own."""
+        shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
+        made = self.empty(shape, tensor.dtype.name)
+        inner = math.prod(tensor.shape[axis + 1 :]) * tensor.dtype.itemsize
+        rows = Rows((stop - start) * inner, tensor.shape[axis] * inner, math.prod(tensor.shape[:axis]))
+        if made.nbytes:
+            self.compute.copy_rows(made.address, tensor.address + start * inner, rows)
+        return made
 
     def place(self, value: Tensor) -> DeviceTensor:
         """``value`` itself where it lies here already, otherwise a copy on the device that owns its memory."""
@@ -165,7 +204,7 @@ class Device:
             return
         host = np.ascontiguousarray(value)
         if host.nbytes == _WORD_BYTES:
-            self.compute.write_word(target.address, int(host.reshape(1).view(np.uint32)[0]))
+            self.compute.write_word(target.address, int(host.reshape(-1).view(np.uint32)[0]))
             return
         self._upload(target.address, host)
 

@@ -7,6 +7,7 @@ order of its stream, so that a use after that shows as well. What it does not sh
 """
 
 import ctypes
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from typing import Any, cast
 import numpy as np
 
 from .gpu import Gpu
+from .memory import DeviceTensor
 from .stream import Device
 
-__all__ = ["HOST_GPU", "HostBuffer", "HostCuda", "HostStream", "host_device"]
+__all__ = ["HOST_GPU", "HostBuffer", "HostCuda", "HostLayout", "HostStream", "host_device"]
 
 HOST_GPU = Gpu(index=0, name="Host", compute_capability=(9, 0), memory_bytes=2**33, cuda_version=(13, 0))
 
@@ -238,7 +240,10 @@ class HostCuda:
             cuMemcpyHtoDAsync=self._copy,
             cuMemcpyDtoHAsync=self._copy,
             cuMemcpyDtoDAsync=self._copy,
+            cuMemcpy2DAsync=self._copy_rows,
             cuMemsetD32Async=self._write_words,
+            CUDA_MEMCPY2D=SimpleNamespace,
+            CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_DEVICE=2),
             cuMemGetInfo=lambda: (Result.CUDA_SUCCESS, self.memory_bytes - self.used, self.memory_bytes),
         )
 
@@ -248,12 +253,56 @@ class HostCuda:
         return (Result.CUDA_SUCCESS,)
 
     @staticmethod
+    def _copy_rows(copy: Any, stream: int) -> tuple[Result]:
+        assert copy.srcMemoryType == copy.dstMemoryType == 2
+
+        def work() -> None:
+            for row in range(copy.Height):
+                source = copy.srcDevice + row * copy.srcPitch
+                ctypes.memmove(copy.dstDevice + row * copy.dstPitch, source, copy.WidthInBytes)
+
+        _stream_of(stream).put(work)
+        return (Result.CUDA_SUCCESS,)
+
+    @staticmethod
     def _write_words(target: int, word: int, count: int, stream: int) -> tuple[Result]:
         def write() -> None:
             (ctypes.c_uint32 * count).from_address(target)[:] = [word] * count
 
         _stream_of(stream).put(write)
         return (Result.CUDA_SUCCESS,)
+
+
+class HostLayout:
+    """Turns latents as ``device_layout.LayoutKernels`` does, without a kernel.
+
+    Attributes:
+        turned: How many.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.turned = 0
+
+    def to_grid(self, tokens: DeviceTensor, shape: tuple[int, int, int]) -> DeviceTensor:
+        _, count, channels = tokens.shape
+        return self._turned(tokens, (count, channels), (1, channels, *shape))
+
+    def to_tokens(self, grid: DeviceTensor) -> DeviceTensor:
+        channels, count = grid.shape[1], math.prod(grid.shape[2:])
+        return self._turned(grid, (channels, count), (1, count, channels))
+
+    def _turned(self, source: DeviceTensor, flat: tuple[int, int], shape: tuple[int, ...]) -> DeviceTensor:
+        self.turned += 1
+        target = self._device.empty(shape, "float32")
+        read, write = ((ctypes.c_float * math.prod(flat)).from_address(t.address) for t in (source, target))
+
+        def work() -> None:
+            values = np.frombuffer(memoryview(read), np.float32).reshape(flat)
+            np.frombuffer(memoryview(write), np.float32).reshape(flat[::-1])[...] = values.T
+
+        self._device.compute.raw.put(work)
+        return target
 
 
 def _stream_of(handle: int) -> HostStream:

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between the stages: the half-size latent to the full size."""
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .engine import Engine, Tensor
-from .latent import to_grid, to_tokens
+from .engine import Engine, Tensor, run_resident
+from .latent import grid_of, tokens_of
 from .shapes import LatentShape
 
 __all__ = ["upsample"]
 
 
-def upsample(engine: Engine, tokens: Tensor, shape: LatentShape) -> NDArray[np.float32]:
-    """Tokens [1, Nv, 128] of ``shape`` to tokens [1, 4 * Nv, 128] of twice the height and width.
+def upsample(engine: Engine, tokens: Tensor, shape: LatentShape) -> Tensor:
+    """Tokens [1, Nv, 128] of ``shape`` to tokens [1, 4 * Nv, 128] of twice the height and width, where they are.
 
     The network normalises over the whole clip, so it cannot be fed in parts.
     """
-    upsampled = engine.run({"latent": to_grid(np.asarray(tokens, np.float32), shape)})["upsampled"]
-    return to_tokens(np.asarray(upsampled, np.float32))
+    return tokens_of(run_resident(engine, {"latent": grid_of(tokens, shape)})["upsampled"])

@@ -34,8 +34,10 @@ from ltxrt.errors import EngineError
 from ltxrt.graph import IdlePool
 from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, EngineProfile, FileEntry
 from ltxrt.media import bundled_speech
+from ltxrt.shapes import LatentShape
 from ltxrt.tensorrt_library import load_library
-from ltxrt.testing_device import HOST_GPU, HostCuda, host_device
+from ltxrt.testing_device import HOST_GPU, HostCuda, HostLayout, host_device
+from ltxrt.upsample import upsample
 
 VERSION = "11.4.0.106"
 MACHINE = Machine(gpu=HOST_GPU, tensorrt=VERSION, no_cuda_provider="not installed")
@@ -512,6 +514,7 @@ def stored(bundle, trt, monkeypatch):
 
     def make(memory_bytes=HOST_GPU.memory_bytes) -> tuple[EngineStore, HostCuda]:
         device, cuda = host_device(memory_bytes=memory_bytes)
+        device.layout = HostLayout(device)
         monkeypatch.setattr(gpu_store, "open_device", lambda: device)
         return EngineStore(bundle, machine=MACHINE), cuda
 
@@ -525,6 +528,21 @@ def test_the_store_takes_tensorrt_and_loads_a_preset_once(stored, bundle):
     for name in NETWORK_NAMES:
         assert getattr(first, name) is getattr(again, name)
         assert getattr(first, name).name == name
+
+
+def test_without_kernels_latents_go_through_the_host(bundle, trt, monkeypatch):
+    device, _ = host_device()
+    monkeypatch.setattr(gpu_store, "open_layout", lambda device, channels: (None, f"no compiler for {channels}"))
+    inside = gpu_store.GpuStore(bundle, MACHINE, compiled=True, device=device)
+    assert inside.no_layout == "no compiler for 32"
+    tokens = np.random.default_rng(2).standard_normal((1, 12, 32)).astype(np.float32)
+    shape, plain = LatentShape(2, 2, 3), on_cpu(bundle, "upsampler")
+    made = engine(bundle, "upsampler", device)
+    wanted = upsample(plain, tokens, shape)
+    np.testing.assert_array_equal(np.asarray(upsample(made, device.place(tokens), shape)), wanted)
+    device.layout = HostLayout(device)
+    np.testing.assert_array_equal(np.asarray(upsample(made, device.place(tokens), shape)), wanted)
+    assert device.layout.turned == 2
 
 
 def test_a_preset_without_engines(bundle, trt, monkeypatch):
@@ -601,6 +619,7 @@ def test_the_whole_pipeline_gives_the_cpu_s_bytes(stored, bundle):
     plain = replace(Pipeline.open(), store=EngineStore(bundle, threads=1, backend="onnxruntime-cpu"))
     found = b"".join(replace(plain, store=store).generate(request))
     assert found == b"".join(plain.generate(request))
+    assert store._gpu.device.layout.turned == 3  # into and out of the upsampler, into the decoder
     assert len(cuda.graphs) == 2  # one for each stage
     assert [graph.launches for graph in cuda.graphs] == [8, 3]
 

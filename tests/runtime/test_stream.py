@@ -131,6 +131,18 @@ def test_copies_within_the_device(device):
     np.testing.assert_array_equal(np.asarray(other.place(target)), np.arange(6))
 
 
+@settings(max_examples=30)
+@given(arrays.array_shapes(min_dims=3, max_dims=5, min_side=1, max_side=4), st.data())
+def test_a_part_of_an_axis_is_a_tensor_of_its_own(shape, data):
+    device, _ = host_device()
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    start = data.draw(st.integers(0, shape[axis]))
+    stop = data.draw(st.integers(start, shape[axis]))
+    part = device.part(device.place(values), axis, start, stop)
+    np.testing.assert_array_equal(np.asarray(part), values.take(range(start, stop), axis))
+
+
 def test_a_borrowed_tensor_says_so(device):
     own = device.place(np.arange(4, dtype=np.float32))
     lent = DeviceTensor(device, own.address, (2, 2), "float32", None)
@@ -290,12 +302,19 @@ def test_cuda_bindings_take_the_calls():
         "cuMemcpyDtoHAsync": (1, 2, 3, driver.CUstream(0)),
         "cuMemcpyDtoDAsync": (1, 2, 3, driver.CUstream(0)),
         "cuMemsetD32Async": (1, 2, 1, driver.CUstream(0)),
+        "cuMemcpy2DAsync": (driver.CUDA_MEMCPY2D(), driver.CUstream(0)),
         "cuMemGetInfo": (),
     }
     for name, arguments in calls.items():
         inspect.signature(getattr(driver, name)).bind(*arguments)
     assert int(driver.CUresult.CUDA_SUCCESS) == 0
     assert driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY.name == "CUDA_ERROR_OUT_OF_MEMORY"
+    rows = driver.CUDA_MEMCPY2D()
+    for name in ("srcMemoryType", "dstMemoryType", "srcDevice", "dstDevice", "srcPitch", "dstPitch"):
+        assert hasattr(type(rows), name)
+    rows.srcMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+    rows.srcDevice, rows.WidthInBytes, rows.Height = 1 << 40, 12, 3
+    assert int(rows.srcDevice) == 1 << 40
     source = inspect.getsource(stream)
     asked = {word for word in source.replace('"', " ").replace(".", " ").replace("(", " ").split() if word[:3] == "cuM"}
     assert {word.rstrip("}:") for word in asked} == set(calls)

@@ -108,8 +108,9 @@ def test_whole_runs_pass_the_bindings(bindings, tmp_path) -> None:
     assert found["outputs"] == {"upsampled": [1, 32, 2, 4, 6]}
     assert found["scratch"] == found["told"] == 0x100010  # the stand-in's answer, which the runtime allocates
     assert found["capture"] == "upsampler: the captured CUDA graph is empty"
+    raised = "upsampler: the plan refuses profile all: Error in set optimization profile async."
     assert found["refused"] == {
-        "set_optimization_profile_async": "upsampler: the plan refuses profile all: Error in set optimization profile async.",
+        "set_optimization_profile_async": raised,
         "set_input_shape": "upsampler: the plan refuses latent of shape (1, 32, 2, 2, 3): no reason given",
         "set_tensor_address": "upsampler: the plan refuses an address for latent: no reason given",
         "execute_async_v3": "upsampler: the plan does not run: no reason given",
