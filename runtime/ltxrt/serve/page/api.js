@@ -66,7 +66,7 @@ export function post(path, body, { idempotency, signal } = {}) {
 }
 
 /** Send a file ahead of its request. `report` hears the part that is sent; `fetch` could not tell it. */
-export function upload(blob, { signal, report }) {
+export function upload(blob, { signal = null, report = () => {} } = {}) {
   return new Promise((resolve, reject) => {
     const http = new XMLHttpRequest();
     http.open("POST", address("v1/uploads"));
@@ -80,7 +80,7 @@ export function upload(blob, { signal, report }) {
     };
     http.onerror = () => reject(unreachable(new Error("network")));
     http.onabort = () => reject(new DOMException("aborted", "AbortError"));
-    signal.addEventListener("abort", () => http.abort());
+    signal?.addEventListener("abort", () => http.abort());
     http.send(blob);
   });
 }

@@ -26,9 +26,10 @@ export class AudioPicker {
     byId("record").disabled = !canRecord;
     if (!canRecord) byId("record").title = "Browsers record over https and on this machine only";
     byId("audio-remove").addEventListener("click", () => this.#remove());
-    byId("audio-play").addEventListener("click", () => (this.#player.paused ? this.#player.play() : this.#player.pause()));
-    for (const name of ["play", "pause", "ended"]) this.#player.addEventListener(name, () => this.#sounded());
-    this.#player.addEventListener("timeupdate", () => this.#draw());
+    const player = this.#player;
+    byId("audio-play").addEventListener("click", () => (player.paused ? player.play() : player.pause()));
+    for (const name of ["play", "pause", "ended"]) player.addEventListener(name, () => this.#sounded());
+    player.addEventListener("timeupdate", () => this.#draw());
     addEventListener("resize", () => this.#draw());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
   }
@@ -50,7 +51,7 @@ export class AudioPicker {
       if (this.file !== file) return;
       this.#bars = shape?.bars ?? null;
       this.duration = shape?.duration ?? (await this.#lengthByPlayer());
-      byId("audio-length").textContent = [this.duration && seconds(this.duration), bytes(file.size)].filter(Boolean).join(" · ");
+      if (this.duration) byId("audio-length").textContent = `${seconds(this.duration)} · ${bytes(file.size)}`;
       this.#draw();
     }
     this.changed(null);
@@ -96,7 +97,7 @@ export class AudioPicker {
       this.#recording(true);
     } catch (error) {
       const refused = error.name === "NotAllowedError";
-      this.changed(refused ? "The browser does not let this page use the microphone." : `No recording: ${error.message}`);
+      this.changed(refused ? "The browser keeps the microphone from this page." : `No recording: ${error.message}`);
     }
   }
 

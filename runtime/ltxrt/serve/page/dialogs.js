@@ -46,7 +46,7 @@ export class RequestDialog {
       byId("code-copy").disabled = true;
       byId("code-note").textContent = "Reading the files";
       try {
-        this.#code = await json(parts, (file) => upload(file, { signal: new AbortController().signal, report: () => {} }));
+        this.#code = await json(parts, (file) => upload(file));
         byId("code-note").textContent = jsonNote;
       } catch (error) {
         this.#code = "";

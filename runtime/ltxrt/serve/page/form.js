@@ -11,7 +11,8 @@ const AREAS = { landscape: "Landscape", portrait: "Portrait", square: "Square" }
 function title(name) {
   const [head, ...rest] = name.split("_");
   const word = AREAS[head] ?? head[0].toUpperCase() + head.slice(1);
-  return [word, rest.every((part) => /^\d+$/.test(part)) ? rest.join(":") : rest.join(" ").toUpperCase()].join(" ").trim();
+  const ratio = rest.every((part) => /^\d+$/.test(part));
+  return `${word} ${ratio ? rest.join(":") : rest.join(" ").toUpperCase()}`.trim();
 }
 
 export class Form {
@@ -29,8 +30,9 @@ export class Form {
       changed();
     });
     byId("defaults").addEventListener("click", () => {
-      const basics = ["prompt", "input_audio", "input_image"];
-      this.set(Object.fromEntries([...this.fields.values()].filter(({ name }) => !basics.includes(name)).map((f) => [f.name, f.default])));
+      const further = [...this.fields.values()].filter(({ name }) => !schema.basic.includes(name));
+      this.set(Object.fromEntries(further.map((field) => [field.name, field.default])));
+      this.clearAll();
       changed();
     });
     this.set(Object.fromEntries([...this.fields].map(([name, field]) => [name, field.default])));
@@ -44,7 +46,7 @@ export class Form {
     const block = this.#block(field.name);
     const control = byId(field.name);
     const range = limits(field);
-    const hint = [this.#named(field.description), range && `${range[0].toUpperCase()}${range.slice(1)}.`].filter(Boolean).join(" ");
+    const hint = this.#named(field.description) + (range && ` ${range}.`);
     block.append(
       make("p", { className: "hint", id: `${field.name}-hint`, textContent: hint }),
       make("p", { className: "error", id: `${field.name}-error`, hidden: true }),
@@ -85,7 +87,7 @@ export class Form {
   value(name) {
     const [field, control] = [this.fields.get(name), byId(name)];
     if (field.type === "boolean") return control.checked;
-    if (name === "resolution" && control.value === FREE) return this.sides.map((side) => byId(side.name).value).join("x");
+    if (field.free && control.value === FREE) return this.sides.map((side) => byId(side.name).value).join("x");
     const text = control.value;
     if (field.type === "string") return text;
     if (text.trim() === "") return null;

@@ -13,6 +13,9 @@ import { drawShelf } from "./shelf.js";
 import { Stage } from "./stage.js";
 
 const READY_PAUSE = 3000;
+const ENDINGS = { succeeded: "The clip is ready.", failed: "No clip was made.", cancelled: "Cancelled." };
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 class Workbench {
   form = null;
@@ -31,10 +34,16 @@ class Workbench {
     this.history = await History.open();
     this.listen();
     this.draw();
+    await this.meet();
+  }
+
+  /** Ask the server what it serves, until it answers. */
+  async meet() {
     try {
       this.begin(await getJson("v1/models"));
     } catch (error) {
       this.refused(error);
+      if (error.status !== 401) setTimeout(() => this.meet(), READY_PAUSE);
     }
   }
 
@@ -81,7 +90,7 @@ class Workbench {
       const words = { not_ready: "Warming up", draining: "Shutting down" };
       byId("ready-text").textContent = ready === true ? "Ready" : words[ready] ?? "Not reachable";
       if (ready === true) return;
-      await new Promise((resolve) => setTimeout(resolve, READY_PAUSE));
+      await pause(READY_PAUSE);
     }
   }
 
@@ -115,10 +124,8 @@ class Workbench {
     const { frames, rate, exact } = this.form.length();
     const most = this.form.fields.get("num_frames").maximum;
     if (exact || !frames || frames <= most) return false;
-    this.form.refuse(
-      "input_audio",
-      `Takes ${frames} frames at ${rate} frames/s; at most ${most}. Take shorter audio or a lower frame rate, or turn Match audio length off.`,
-    );
+    const way = "Take shorter audio or a lower frame rate, or turn Match audio length off.";
+    this.form.refuse("input_audio", `Takes ${frames} frames at ${rate} frames/s; at most ${most}. ${way}`);
     this.form.focusFault();
     return true;
   }
@@ -173,7 +180,7 @@ class Workbench {
     if (this.shows(run)) this.stage.finished();
     if (record.id) {
       if (record.state === "failed") this.explain(record);
-      announce({ succeeded: "The clip is ready.", failed: "No clip was made.", cancelled: "Cancelled." }[record.state] ?? "");
+      announce(ENDINGS[record.state] ?? "");
       if (record.clip && this.shows(run)) record.poster = await this.poster();
       await this.keep(record);
     }
@@ -183,7 +190,7 @@ class Workbench {
 
   async poster() {
     const video = byId("video-a");
-    for (let tries = 0; tries < 20 && video.readyState < 2; tries++) await new Promise((resolve) => setTimeout(resolve, 50));
+    for (let tries = 0; tries < 20 && video.readyState < 2; tries++) await pause(50);
     return posterOf(video);
   }
 

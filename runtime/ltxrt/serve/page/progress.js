@@ -16,7 +16,7 @@ export class ProgressView {
   #told = "";
 
   constructor() {
-    byId("stages").append(...Object.entries(STAGES).map(([name, title]) => make("li", { textContent: title, "data-stage": name })));
+    byId("stages").append(...Object.values(STAGES).map((textContent) => make("li", { textContent })));
   }
 
   hide() {

@@ -9,7 +9,8 @@ const END = new Set(["succeeded", "failed", "cancelled"]);
 const UPLOAD_LASTS = 45 * 60 * 1000;
 const uploads = new WeakMap();
 
-const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (part) => part.toString(16).padStart(2, "0")).join("");
+const hex = (byte) => byte.toString(16).padStart(2, "0");
+const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), hex).join("");
 
 /** A new record: what the history keeps of a run. `media` holds files by field, `fields` all the rest. */
 export const newRecord = (fields, media, length) => ({
@@ -33,6 +34,8 @@ export const newRecord = (fields, media, length) => ({
 /** Carries out a record. Listeners: `changed()`, `piece(bytes)` of the live stream, `streamed(whole)` at its end. */
 export class Run {
   #abort = new AbortController();
+  #sending = true;
+  #unwanted = false;
   #listener;
   sendingPart = 0;
   lost = false;
@@ -57,6 +60,7 @@ export class Run {
       for (const [field, file] of Object.entries(record.media)) {
         if (file) record.sent[field] = await this.#address(file);
       }
+      this.#sending = false;
       await this.#queue();
     } catch (error) {
       this.#set({ state: error.name === "AbortError" ? "cancelled" : "failed", error: error.message });
@@ -67,9 +71,11 @@ export class Run {
   }
 
   async #queue() {
-    const answer = await post("v1/videos", this.record.sent, { idempotency: this.record.key, signal: this.#abort.signal });
-    const { id } = await answer.json();
+    this.#abort.signal.throwIfAborted();
+    // Not to be broken off: it would leave a job of which nobody knows.
+    const { id } = await (await post("v1/videos", this.record.sent, { idempotency: this.record.key })).json();
     this.#set({ id, state: "queued" });
+    if (this.#unwanted) await this.cancel();
   }
 
   async #address(file) {
@@ -153,8 +159,9 @@ export class Run {
 
   async cancel() {
     const { id } = this.record;
+    this.#unwanted = true;
     if (id) await call(`v1/videos/${id}/cancel`, { method: "POST" });
-    else this.#abort.abort();
+    else if (this.#sending) this.#abort.abort();
   }
 
   #set(change) {

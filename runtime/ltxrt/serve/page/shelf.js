@@ -3,7 +3,7 @@
 
 import { byId, make, seconds, show } from "./dom.js";
 
-const STATES = { sending: "Sending", queued: "Queued", processing: "Running", failed: "Failed", cancelled: "Cancelled" };
+const STATES = { queued: "Queued", processing: "Running", failed: "Failed", cancelled: "Cancelled" };
 const posters = new WeakMap();
 
 function poster(record) {
@@ -14,7 +14,8 @@ function poster(record) {
 
 function line(record) {
   const when = new Date(record.created).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-  const what = record.result ? `${seconds(record.result.duration_seconds)} · ${record.result.video_quality}` : STATES[record.state] ?? record.state;
+  const { result, state } = record;
+  const what = result ? `${seconds(result.duration_seconds)} · ${result.video_quality}` : STATES[state] ?? state;
   return `${when} · ${what}`;
 }
 
@@ -35,7 +36,14 @@ function card(record, stage, acts) {
   const prompt = record.fields.prompt;
   const open = make(
     "button",
-    { type: "button", className: "card-open", "data-key": record.key, "data-act": "show", onclick: () => acts.show(record), "aria-pressed": String(shown) },
+    {
+      type: "button",
+      className: "card-open",
+      "data-key": record.key,
+      "data-act": "show",
+      "aria-pressed": String(shown),
+      onclick: () => acts.show(record),
+    },
     poster(record),
     make("span", { className: "card-prompt", textContent: prompt }),
     make("span", { className: "card-line figure", textContent: line(record) }),
@@ -52,12 +60,8 @@ function card(record, stage, acts) {
       "aria-label": `${textContent}: ${prompt.slice(0, 60)}`,
     });
   const comparable = Boolean(record.clip && stage.record?.clip) && !shown && !rival;
-  const item = make(
-    "li",
-    { className: "card" },
-    open,
-    make("div", { className: "card-acts" }, act("compare", "Compare", comparable), act("reuse", "Reuse"), act("remove", "Remove")),
-  );
+  const rest = [act("compare", "Compare", comparable), act("reuse", "Reuse"), act("remove", "Remove")];
+  const item = make("li", { className: "card" }, open, make("div", { className: "card-acts" }, ...rest));
   item.classList.toggle("shown", shown || rival);
   if (stage.rival && (shown || rival)) item.append(make("b", { className: "letter", textContent: shown ? "A" : "B" }));
   return item;

@@ -18,7 +18,8 @@ export function chosen({ form, values, media }, extent) {
     return extent === "complete" || field.required || String(values[name]) !== String(field.default);
   };
   const fields = Object.fromEntries(Object.entries(values).filter(([name]) => keep(name)));
-  const files = Object.entries(media).filter(([name, file]) => file && (extent !== "minimal" || form.fields.get(name).required));
+  const sent = (name) => extent !== "minimal" || form.fields.get(name).required;
+  const files = Object.entries(media).filter(([name, file]) => file && sent(name));
   return { fields, files: Object.fromEntries(files) };
 }
 
@@ -48,10 +49,12 @@ export function python({ fields, files }, keyed) {
     ...Object.entries(fields).map(([name, value]) => `    ${text(name)}: ${literal(name, value)},`),
     ...Object.entries(files).map(([name, file]) => `    ${text(name)}: data_uri(${text(file.name)}),`),
   ];
+  const modules = ["base64", "json", ...(keyed ? ["os"] : []), "urllib.request"];
   const parts = ['"Content-Type": "application/json"'];
   if (keyed) parts.push(`"Authorization": f"Bearer {os.environ['${VARIABLE}']}"`);
   return [
-    ...["import base64", "import json", ...(keyed ? ["import os"] : []), "import urllib.request", "from pathlib import Path"],
+    ...modules.map((name) => `import ${name}`),
+    "from pathlib import Path",
     "",
     "",
     "def data_uri(path):",

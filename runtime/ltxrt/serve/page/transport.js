@@ -6,6 +6,7 @@ import { byId, setIcon } from "./dom.js";
 // Two frames at 24 frames a second is what an eye tells apart.
 const DRIFT = 0.06;
 const CONTROLS = ["play", "step-back", "step-forward", "seek", "loop", "mute", "full"];
+const NEWS = ["play", "pause", "seeking", "seeked", "timeupdate", "progress", "durationchange", "emptied"];
 
 export class Transport {
   #main = byId("video-a");
@@ -17,12 +18,13 @@ export class Transport {
 
   constructor() {
     for (const video of [byId("video-a"), byId("video-b")]) {
-      for (const name of ["play", "pause", "seeking", "seeked", "timeupdate", "progress", "loadedmetadata", "durationchange", "emptied"]) {
-        video.addEventListener(name, () => video === this.#main && this.#show());
-      }
-      for (const name of ["seeking", "pause"]) video.addEventListener(name, () => video === this.#main && this.#align(0));
-      video.addEventListener("play", () => video === this.#main && this.#other?.play().catch(() => {}));
-      video.addEventListener("ended", () => video === this.#main && this.#ended());
+      const led = (names, act) => {
+        for (const name of names) video.addEventListener(name, () => video === this.#main && act());
+      };
+      led(NEWS, () => this.#show());
+      led(["seeking", "pause"], () => this.#align(0));
+      led(["play"], () => this.#other?.play().catch(() => {}));
+      led(["ended"], () => this.#ended());
       video.addEventListener("loadedmetadata", () => this.#lead());
       video.addEventListener("click", () => this.toggle());
     }
@@ -129,8 +131,9 @@ export class Transport {
   }
 
   #key(event) {
-    const free = event.target === document.body || byId("stage").contains(event.target);
-    if (!free || event.target.closest("button, input, a, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { target } = event;
+    const ours = target === document.body || byId("stage").contains(target);
+    if (!ours || target.closest("button, input, a, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
     const actions = {
       " ": () => this.toggle(),
       k: () => this.toggle(),
