@@ -15,6 +15,7 @@ from ..readback import check_clip, require
 from ..request import Request
 from ..result import STAGES, Fragment, Progress, Result
 from .job import Job
+from .store import StoreUnavailableError
 from .store_protocol import Store
 
 __all__ = ["CLIP_NAME", "ClipJob", "live_name", "public_error"]
@@ -74,10 +75,13 @@ class ClipJob:
             Whether the pipeline is still to be trusted: after an engine's error it is not.
 
         Raises:
+            StoreUnavailableError: The store is gone; the job is its worker's until the lease ends.
             Exception: Whatever nobody foresaw, after the job has been marked as failed.
         """
         try:
             result = self._make(pipeline)
+        except StoreUnavailableError:
+            raise  # whose job it is by now, only the store knows
         except _StopJobError as stopped:
             self._end(stopped.state, stopped.outcome)
         except (LtxrtError, OSError) as error:

@@ -198,6 +198,7 @@ class JobLayer:
         """Cancel a job where it is not done, and have it removed as soon as it is."""
         self.store.expire(job_id)
         self.cancel(job_id)
+        self._see_off()
         self.remove_expired(time.time())
 
     async def wait(self, job_id: str) -> Job | None:
@@ -237,12 +238,14 @@ class JobLayer:
                 self._take_leave(job)
         self.board.changed(job_id)
 
-    def _see_off(self, job_id: str) -> None:
-        """A shared job has ended."""
-        job = self.store.get(job_id)
-        if job is not None:
-            asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._prune, job)
-            self._take_leave(job)
+    def _see_off(self) -> None:
+        """See to the shared jobs that have ended and that no other front end has seen to."""
+        for job_id in () if self._shared is None else self._shared.take_ended():
+            job = self.store.get(job_id)
+            if job is not None:
+                self._prune(job, keep=live_name(job.attempts))
+                asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._prune, job)
+                self._take_leave(job)
 
     def _take_leave(self, job: Job) -> None:
         self._options.on_end(job)
@@ -264,11 +267,11 @@ class JobLayer:
             self._ended.discard(job_id)
         return ids
 
-    def _prune(self, job: Job) -> None:
+    def _prune(self, job: Job, keep: str = "") -> None:
         """Leave of a finished job's files the clip, or nothing: what the caller sent is needed no more."""
         with suppress(FileNotFoundError):
             for file in self.folder(job.id).iterdir():
-                if job.state != "succeeded" or file.name != CLIP_NAME:
+                if file.name != keep and (job.state != "succeeded" or file.name != CLIP_NAME):
                     file.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
@@ -278,8 +281,9 @@ class JobLayer:
             job = self.store.get(folder.name)
             if job is None and _older(folder, age):
                 shutil.rmtree(folder, ignore_errors=True)
-            elif job is not None and job.done and _older(folder, age):
-                self._prune(job)
+            elif job is not None and job.done:
+                lingers = self._shared is not None and time.time() - (job.completed_at or 0) < _LINGER_SECONDS
+                self._prune(job, keep=live_name(job.attempts) if lingers else "")
         for left in self.incoming_folder.iterdir():
             if _older(left, age):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ Actors and not a Serve deployment, because replicas take their work from the job
 and queue would have nothing to do; and because each replica of Serve (2.60, ``serve/_private/replica.py``) opens a port
 on every network interface, for pickled calls.
 
-Actors end with the front end that started them; what they were at is queued again. Needs the ``ray`` extra.
+Actors end with the front end that started them; what they were at is queued again. A front end whose cluster loses its
+head is ended by Ray about a minute later, and is to be started again by its service manager. Needs the ``ray`` extra.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -35,6 +37,7 @@ _LOG = logging.getLogger("ltxrt.serve")
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 5.0  # after a cluster could not be reached
 _END_SECONDS = 30.0
+_LONGEST_REASON = 300
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 30.0
 _LOOPBACK = "127.0.0.1"
 # A replica's long call, and beside it those that wake it and let it go.
@@ -88,7 +91,9 @@ class RayPool:
     def __init__(
         self, options: RayOptions, worker: WorkerOptions, store: SharedStore, changed: Callable[[str], None]
     ) -> None:
-        self._options, self._worker, self._store, self._changed = options, worker, store, changed
+        self._options, self._store, self._changed = options, store, changed
+        bundle = None if worker.bundle is None else str(Path(worker.bundle).absolute())  # replicas have another cwd
+        self._worker = replace(worker, bundle=bundle)
         self._replicas: list[_Replica] = []
         self._numbers = 0
         self._connection: _Connection | None = None
@@ -201,8 +206,9 @@ class RayPool:
             await replica.actor.run.remote()
             _LOG.info("worker ended", extra={"event": "worker_ended", "slot": slot.number})
         except RayError as error:
-            details = {"event": "worker_ended", "slot": slot.number, "reason": type(error).__name__}
-            _LOG.warning("worker ended", extra=details)
+            # A replica's own error comes with its traceback; the last line says what it was.
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:_LONGEST_REASON]}"
+            _LOG.warning("worker ended", extra={"event": "worker_ended", "slot": slot.number, "reason": reason})
         finally:
             slot.ready = False
             with suppress(RayError):

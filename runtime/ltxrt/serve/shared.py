@@ -27,20 +27,24 @@ class Follower:
         store: The shared store.
         lease_seconds: How long a silent worker counts as alive.
         changed: Called with the id of every job that changed, whoever changed it.
-        ended: Called with the id of a job that ended; by one front end only.
+        ended: Called when jobs have ended.
         queued: Called when there is a new job, or one again.
     """
 
     store: SharedStore
     lease_seconds: float
     changed: Callable[[str], None]
-    ended: Callable[[str], None]
+    ended: Callable[[], None]
     queued: Callable[[], None]
     _reclaimed_at: float = 0.0
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        await asyncio.gather(self._listen(), self._tend())
+        try:
+            await asyncio.gather(self._listen(), self._tend())
+        except Exception:
+            _LOG.exception("the shared store is not followed any more", extra={"event": "follower_failed"})
+            raise
 
     async def _listen(self) -> None:
         while True:
@@ -60,13 +64,11 @@ class Follower:
         while True:
             self._see_off()
             self._reclaim()
-            self.queued()
             await asyncio.sleep(_TEND_SECONDS)
 
     def _see_off(self) -> None:
         try:
-            for job_id in self.store.take_ended():
-                self.ended(job_id)
+            self.ended()
         except StoreUnavailableError:
             return  # ``_listen`` says so
 

@@ -26,8 +26,7 @@ __all__ = ["RedisStore"]
 
 _SCHEMA_VERSION = "1"
 _OLDEST = (6, 2)
-# Braces: on a Redis cluster every key lies on one node, as the script needs it.
-_PREFIX = "{ltxrt}:"
+_PREFIX = "ltxrt:"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 2.0, 5.0
 # A front end's event loop waits for no store that is gone; a worker that has half made a clip does, for about a minute.
 _HASTY, _PATIENT = Retry(NoBackoff(), 1), Retry(ExponentialBackoff(cap=5, base=0.1), 16)

@@ -11,10 +11,13 @@ import pytest
 pytest.importorskip("redis")
 
 from ltxrt.errors import OutputError
+from ltxrt.serve.clip_job import ClipJob
 from ltxrt.serve.job import NewJob
 from ltxrt.serve.jobs import JobLayer, JobOptions
+from ltxrt.serve.store import JobStore
 from ltxrt.serve.store_redis import RedisStore
 from ltxrt.serve.worker import WorkerOptions
+from ltxrt.testing import fake_pipeline
 
 
 @pytest.fixture
@@ -186,3 +189,22 @@ def test_a_redis_that_is_gone_is_said_so_and_come_back_to(start_server, running_
         assert answer.json()["type"] == "urn:ltxrt:problem:store_unavailable"
         assert client.get("/health").status_code == 200
         assert client.get("/v1/videos/x").json()["error"]["type"] == "store_unavailable"
+
+
+def test_a_worker_that_was_given_up_touches_nothing_of_the_next_one_s(tmp_path, speech):
+    """It was only slow. It finds out at its next step, while the other has half a clip, or a whole one."""
+    store = JobStore(tmp_path / "jobs.sqlite", retention_seconds=60)
+    request = {"prompt": "a face", "input_audio": str(speech), "resolution": "128x128", "seed": 5}
+    store.add(NewJob(id="j", owner="me", request=request, echo={}, model="m"), max_queued=1)
+    jobs = [store.claim("slow"), store.recover() and store.claim("next")]
+    folder = tmp_path / "j"
+    folder.mkdir()
+    for name in ("live-2.mp4", "checked-2.mp4", "clip.mp4"):
+        (folder / name).write_text(name)
+    made = ClipJob(job=jobs[0], folder=folder, worker="slow", store=store, tell=lambda: None, timeout_seconds=60)
+    assert made.run(fake_pipeline())
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        name: name for name in ("live-2.mp4", "checked-2.mp4", "clip.mp4")
+    }
+    assert (store.get("j").state, store.get("j").attempts) == ("processing", 2)
+    store.close()

@@ -209,7 +209,7 @@ def test_no_redis_there(tmp_path):
 
 def test_jobs_of_another_version_are_refused(redis_url):
     with redis.Redis.from_url(redis_url) as client:
-        client.set("{ltxrt}:schema", "99")
+        client.set("ltxrt:schema", "99")
     with pytest.raises(OutputError, match="schema version 99, expected 1"):
         RedisStore(redis_url, retention_seconds=1)
 
