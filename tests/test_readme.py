@@ -114,5 +114,5 @@ def test_what_you_get():
 def test_no_machine_paths_or_numbers_without_a_source():
     for document in DOCUMENTS:
         assert not re.search(r"(?<![\w.])/(?:home|root|tmp|opt|work)/", (ROOT / document).read_text("utf-8"))
-    # A measured time, rate or memory needs a file in benchmarks/results/; there is none yet.
+    # A measured time, rate or memory stands in a file of benchmarks/results/, with the machine that it is of.
     assert not re.search(r"\d (?:ms|s|seconds|fps|MB|GiB)\b", README)

@@ -134,8 +134,7 @@ class DenoiserPhase:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self._optimiser.restore(state["optimiser"])
-        for mine, saved in zip(self._average.values, state["average"], strict=True):
-            mine.copy_(saved)
+        self._average.restore(state["average"])
 
     def _loss(self, kind: Kind, clips: Sequence[Clip], sigma: Tensor, mask_first: Tensor) -> Tensor:
         latent, mix = self._mixed(kind, clips, sigma)

@@ -51,7 +51,8 @@ class Optimiser:
         scale = min(1.0, progress / 0.02 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
         norm = nn.utils.clip_grad_norm_(self._all, clip)
         if not norm.isfinite():
-            # A bf16 convolution's gradient overflowed, once in some thousand steps: better to lose one than all.
+            # Seen with a single 256x256 picture: the bf16 weight gradient of a convolution over it is NaN (torch 2.13,
+            # oneDNN on a CPU). The encoder gets two at least; losing one step is better than losing all even so.
             for parameter in self._all:
                 parameter.grad = None
             return float(norm)
@@ -114,6 +115,11 @@ class Average:
         with torch.no_grad():
             for value, parameter in zip(self.values, self._parameters, strict=True):
                 value.lerp_(parameter.detach(), 1 - decay)
+
+    def restore(self, values: Iterable[Tensor]) -> None:
+        """Go on from a saved average."""
+        for mine, saved in zip(self.values, values, strict=True):
+            mine.copy_(saved)
 
     def swap(self) -> None:
         """Exchange the average and the parameters; call it again to undo."""

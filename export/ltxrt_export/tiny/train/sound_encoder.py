@@ -110,8 +110,7 @@ class AudioPhase:
         """Go on from a saved state."""
         self._optimiser.restore(state["optimiser"])
         self._head.load_state_dict(state["head"])
-        for mine, saved in zip(self._average.values, state["average"], strict=True):
-            mine.copy_(saved)
+        self._average.restore(state["average"])
 
     def _errors(self, sounds: Sequence[Floats]) -> tuple[Tensor, Tensor, Tensor]:
         """Mean square error of the mouth and of the spectrum, and the tokens."""

@@ -80,8 +80,7 @@ class UpsamplerPhase:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self._optimiser.restore(state["optimiser"])
-        for mine, saved in zip(self._average.values, state["average"], strict=True):
-            mine.copy_(saved)
+        self._average.restore(state["average"])
 
     def _mouth(self) -> tuple[MouthTrack, Floats]:
         random = self._random

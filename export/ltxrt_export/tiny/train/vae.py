@@ -161,8 +161,7 @@ class VideoVaePhase:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self._optimiser.restore(state["optimiser"])
-        for mine, saved in zip(self._average.values, state["average"], strict=True):
-            mine.copy_(saved)
+        self._average.restore(state["average"])
         self._steps = int(state["steps"])
 
     def _encode(self, clips: Tensor) -> Tensor:
