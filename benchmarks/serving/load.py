@@ -17,7 +17,7 @@ from .host import KEY, Host
 __all__ = ["HealthProbe", "arrivals", "percentiles"]
 
 SHARES = {"queue": 35, "sync": 25, "stream": 25, "cancel": 5, "leave_sync": 3, "leave_stream": 2, "bad": 5}
-_PROBE_SECONDS = 0.02
+_PROBE_SECONDS = 0.05
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

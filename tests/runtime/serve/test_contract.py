@@ -15,7 +15,12 @@ from ltxrt.serve.settings import Settings
 
 EXAMPLES = 5
 #: Other names for bodies that are tried at length elsewhere.
-TWINS = ("/v1/videos/sync", "/v1/videos/stream", "/fal/run/fal-ai/ltx-2.3-quality/audio-to-video")
+TWINS = (
+    "/api/ai/videos/generate",
+    "/v1/videos/sync",
+    "/v1/videos/stream",
+    "/fal/run/fal-ai/ltx-2.3-quality/audio-to-video",
+)
 DOCUMENT = create_app(Settings(no_auth=True)).openapi()
 CONFIG = schemathesis.Config.from_dict(
     {
