@@ -199,34 +199,18 @@ def calibration(folder: Path) -> dict[str, Any]:
 
 def slice_write(folder: Path) -> dict[str, Any]:
     """Two blocks of the published width, and what is around them, with random weights in the published dtypes."""
-    import ml_dtypes
-    import numpy as np
+    from full_width import write_slice
 
-    from ltxrt_export.synthetic import ModelConfigs, checkpoint_tensors, write_sparse
-    from ltxrt_export.tiny.weights import random_tensor
-    from ltxrt_export.weights import TensorFile
-
-    configs = slice_configs()
-    tensors = checkpoint_tensors(ModelConfigs(checkpoint=configs))
-    wanted = {key: layout for key, layout in tensors.items() if key.startswith("model.diffusion_model.")}
-    wanted = {key: layout for key, layout in wanted.items() if "embeddings_connector" not in key}
-    path = folder / "slice.safetensors"
-    write_sparse(path, wanted, {"model_version": "2.3.0", "config": json.dumps(configs)})
-    dtypes = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
-    with path.open("r+b") as file:
-        for ref in TensorFile.open(path).tensors.values():
-            file.seek(ref.offset)
-            file.write(random_tensor(ref.key, ref.shape, 0).astype(dtypes[ref.dtype]).tobytes())
-    return {"parameters": sum(prod(shape) for _, shape in wanted.values()), "bytes": path.stat().st_size}
+    return write_slice(folder, SLICE_BLOCKS)
 
 
 def slice_export(folder: Path) -> dict[str, Any]:
     """The slice's denoiser graph, beside its weights."""
-    from ltxrt_export.denoiser_graph import export_denoiser
+    import onnx
+    from full_width import export_slice
 
-    model = export_denoiser(slice_spec(folder))
-    (folder / "slice.onnx").write_bytes(model.SerializeToString())
-    return {"nodes": len(model.graph.node)}
+    _, path = export_slice(folder)
+    return {"nodes": len(onnx.load(path, load_external_data=False).graph.node)}
 
 
 def slice_torch(folder: Path) -> dict[str, Any]:
@@ -249,6 +233,7 @@ def slice_onnx(folder: Path) -> dict[str, Any]:
         SystemExit: It differs by more than the limit.
     """
     import numpy as np
+    from full_width import GRAPH, slice_spec
 
     from ltxrt.engine import TensorSpec
     from ltxrt.engine_onnx import OnnxEngine
@@ -257,7 +242,7 @@ def slice_onnx(folder: Path) -> dict[str, Any]:
     spec = slice_spec(folder)
     ports = [tuple(TensorSpec(p.name, p.dtype, p.shape) for p in side) for side in (spec.inputs, spec.outputs)]
     begin = time.perf_counter()
-    engine = OnnxEngine("denoiser", folder / "slice.onnx", *ports)
+    engine = OnnxEngine("denoiser", folder / GRAPH, *ports)
     loaded = time.perf_counter() - begin
     errors: list[float] = []
     for path in sorted(folder.glob("slice-*.npz")):
@@ -271,36 +256,16 @@ def slice_onnx(folder: Path) -> dict[str, Any]:
     return {"load_seconds": round(loaded, 2), "relative_l2": errors, "limit": SLICE_LIMIT}
 
 
-def slice_configs() -> dict[str, Any]:
-    """The published configuration, two blocks deep."""
-    from ltxrt_export import published
-
-    config = published.checkpoint_config()
-    config["transformer"]["num_layers"] = SLICE_BLOCKS
-    return config
-
-
-def slice_spec(folder: Path) -> Any:
-    """The slice's denoiser on fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from ltxrt_export.checkpoint import Checkpoint
-    from ltxrt_export.networks import denoiser
-
-    component = Checkpoint.open(folder / "slice.safetensors").component("transformer")
-    with FakeTensorMode():
-        module: Any = component.build().eval()
-        return denoiser.spec(module, component.weights, denoiser.Semantics.R3, 1024)
-
-
 def slice_reference(folder: Path) -> Any:
     """The diffusers class with the slice's weights."""
     from types import SimpleNamespace
 
+    from full_width import CHECKPOINT, slice_spec
+
     from ltxrt_export.checkpoint import Checkpoint
     from ltxrt_export.references import REFERENCES
 
-    opened: Any = SimpleNamespace(checkpoint=Checkpoint.open(folder / "slice.safetensors"))
+    opened: Any = SimpleNamespace(checkpoint=Checkpoint.open(folder / CHECKPOINT))
     return REFERENCES["denoiser"](opened, slice_spec(folder))
 
 

@@ -14,9 +14,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from harness import Timing, record
+from harness import RESULTS, Timing, record
 
 from ltxrt.doctor import nvidia
 from ltxrt_kernels.ops import OPS
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument("--dry-run", action="store_true", help="compile and print the launches, without a GPU")
     options = parser.parse_args()
     problems = [problem for name in options.ops for problem in OPS[name].production]
@@ -42,7 +44,7 @@ def main() -> int:
     if found.status != "ok":
         print(f"no GPU to measure on: {found.detail}; --dry-run needs none", file=sys.stderr)
         return 1
-    print(measure(problems, options.repeats))
+    print(measure(problems, options.repeats, options.out))
     return 0
 
 
@@ -64,10 +66,9 @@ def dry_run(problems: Iterable[Problem]) -> None:
         print(f"{problem!s:<84} {problem.moved_bytes / 1e6:7.1f} {blocks:7} {launch.block:7}  {', '.join(cells)}")
 
 
-def measure(problems: Iterable[Problem], repeats: int) -> str:
+def measure(problems: Iterable[Problem], repeats: int, out: Path) -> str:
     """Time every launch on the first GPU; the record's path."""
     import tempfile
-    from pathlib import Path
 
     from ltxrt_kernels.cache import CubinCache
     from ltxrt_kernels.device import DeviceTensors, opened_device
@@ -82,7 +83,7 @@ def measure(problems: Iterable[Problem], repeats: int) -> str:
         target.close(stream)
         ceiling = 2 * COPY_BYTES / copy.median / 1e9
         results: dict[str, Any] = {"copy": {"gb_per_second": round(ceiling, 1), **asdict(copy)}, "kernels": {}}
-        path = record("kernels", PACKAGES, results)
+        path = record("kernels", PACKAGES, results, out)
         for problem in problems:
             loaded = kernels.load(problem)
             with DeviceTensors(device, stream, problem) as tensors:
@@ -94,7 +95,7 @@ def measure(problems: Iterable[Problem], repeats: int) -> str:
 
                 times = device_times(work, stream, cold, repeats)
             results["kernels"][str(problem)] = described(problem, times, ceiling)
-            path = record("kernels", PACKAGES, results)
+            path = record("kernels", PACKAGES, results, out)
     return str(path)
 
 

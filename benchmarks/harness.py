@@ -125,7 +125,7 @@ def record(name: str, packages: Sequence[str], results: Mapping[str, Any], folde
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "machine": asdict(here),
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": {package: _version(package) for package in packages},
         "results": results,
     }
     path = folder / f"{name}-{here.slug}.json"
@@ -134,6 +134,13 @@ def record(name: str, packages: Sequence[str], results: Mapping[str, Any], folde
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
     return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # it is used from a checkout, or not at all
+        return None
 
 
 def _gpu() -> str | None:

@@ -73,7 +73,8 @@ class TorchPipeline:
         checkpoint, gemma = sources.checkpoint, sources.text_encoder
 
         def loaded(component: Any) -> Any:
-            return component.load().to(device, dtype)
+            module = component.load().to(device)
+            return module if dtype is torch.float32 else module.to(dtype)
 
         return cls(
             context=gemma.context_length,

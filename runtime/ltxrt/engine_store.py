@@ -2,6 +2,7 @@
 """The engines of a bundle: the fastest backend that this machine offers for it, and each network loaded once."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from .backends import Backend, Machine, backends, compiled_presets, this_machine
@@ -73,7 +74,10 @@ class EngineStore:
         entries = {name: self._bundle.network(preset, name) for name in NETWORK_NAMES}
         with self._lock:
             if self.backend.name == "onnxruntime-cpu":
-                return Engines(**{name: self._on_cpu(preset, name, entry) for name, entry in entries.items()})
+                # One network's graph is worked through on one core; the smaller ones load beside the denoiser.
+                with ThreadPoolExecutor(len(entries)) as threads:
+                    loading = {name: threads.submit(self._on_cpu, preset, name, entries[name]) for name in entries}
+                return Engines(**{name: engine.result() for name, engine in loading.items()})
             return Engines(**self._on_gpu(preset))
 
     def _on_cpu(self, preset: str, name: str, entry: NetworkEntry) -> Engine:
