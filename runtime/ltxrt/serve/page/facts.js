@@ -6,6 +6,8 @@ import { byId, bytes, make, seconds, show } from "./dom.js";
 // Told of two clips only where they differ.
 const LONG = new Set(["Negative prompt", "Image strength", "First frame", "Notes"]);
 
+const UNUSED = "the negative prompt has no effect on this model";
+
 function made(record) {
   const { result, clip } = record;
   const rate = result.frames_per_second.includes("/") ? ratio(result.frames_per_second) : result.frames_per_second;
@@ -19,7 +21,7 @@ function made(record) {
     "First frames after": "first_fragment" in result.marks_seconds ? seconds(result.marks_seconds.first_fragment) : "",
     File: clip ? bytes(clip.size) : "",
     Engine: `${result.model}, ${result.engine}`,
-    Notes: result.notes.join("; "),
+    Notes: [...result.notes, ...(result.negative_prompt_used ? [] : [UNUSED])].join("; "),
   };
 }
 

@@ -200,10 +200,11 @@ class Workbench {
   }
 
   busy(on) {
+    const held = [byId("generate"), byId("cancel")].includes(document.activeElement);
     show(byId("generate"), !on);
     show(byId("cancel"), on);
     byId("form").classList.toggle("busy", on);
-    if (document.activeElement === document.body) byId(on ? "cancel" : "generate").focus({ preventScroll: true });
+    if (held) byId(on ? "cancel" : "generate").focus({ preventScroll: true });
   }
 
   // --- refusals ---
