@@ -60,7 +60,7 @@ def capture_graph(device: Device, work: Callable[[Stream], None], what: str) -> 
             builder.begin_building(mode="thread_local")
             work(device.inside(builder.stream))
             builder.end_building()
-            nodes = len(builder.graph_definition.nodes())
+            nodes = device.node_count(builder.graph_definition)
             if nodes == 0:
                 raise EngineError(f"{what}: the captured CUDA graph is empty")
             graph = builder.complete()

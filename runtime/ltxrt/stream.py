@@ -218,6 +218,13 @@ class Device:
         """cuda-core's ``GraphBuilder``, on a stream of its own: what other threads hand over is not captured."""
         return self._raw.create_graph_builder()
 
+    def node_count(self, definition: Any) -> int:
+        """Operations in a captured graph. cuda-core would make an object of each of its thousands of kernels."""
+        result, _, count = self._driver.cuGraphGetNodes(definition.handle)
+        if int(result):
+            raise EngineError(f"the GPU refuses cuGraphGetNodes: {result.name}")
+        return int(count)
+
     def inside(self, raw: Any) -> Stream:
         """The stream of a graph builder."""
         return Stream(raw, self._driver)

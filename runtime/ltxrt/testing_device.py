@@ -173,7 +173,7 @@ class HostGraphBuilder:
 
     @property
     def graph_definition(self) -> Any:
-        return SimpleNamespace(nodes=lambda: set(range(len(self._work))))
+        return SimpleNamespace(handle=self._work)
 
     def complete(self) -> HostGraph:
         graph = HostGraph(self._work)
@@ -242,6 +242,7 @@ class HostCuda:
             cuMemcpyDtoDAsync=self._copy,
             cuMemcpy2DAsync=self._copy_rows,
             cuMemsetD32Async=self._write_words,
+            cuGraphGetNodes=lambda work: (Result.CUDA_SUCCESS, [], len(work)),
             CUDA_MEMCPY2D=SimpleNamespace,
             CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_DEVICE=2),
             cuMemGetInfo=lambda: (Result.CUDA_SUCCESS, self.memory_bytes - self.used, self.memory_bytes),
