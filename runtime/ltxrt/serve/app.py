@@ -176,8 +176,11 @@ def _job_options(settings: Settings, on_end: Callable[[Job], None], factory: str
 
 
 def _ray_pool(settings: Settings) -> PoolMaker:
+    # Ray reads these on import.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it prints a stack at SIGTERM
     if settings.ray_address is None:
-        # Ray reads this switch on import, and has no other by which a cluster of one machine keeps to loopback.
+        # Whatever its name: no other switch keeps a cluster of one machine to loopback.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from .ray_pool import RayOptions, RayPool
 

@@ -12,7 +12,6 @@ head is ended by Ray about a minute later, and is to be started again by its ser
 import asyncio
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -254,8 +253,6 @@ class _Connection(threading.Thread):
         self._tell(self.left)
 
     def _join(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it prints a stack at SIGTERM
         if self._address is not None:
             ray.init(address=self._address, log_to_driver=False, configure_logging=False)
         else:

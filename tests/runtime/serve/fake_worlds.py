@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipelines that worker processes of the tests open: instant, slow, or deadly, as the prompt asks.
 
-A prompt may hold ``steps=N`` (denoise steps of ``pause=SECONDS`` each), ``die`` (the process ends as by a signal),
-``raise`` (an error that nobody foresaw) or ``engine`` (an engine's error).
+A prompt may hold ``steps=N`` (denoise steps of ``pause=SECONDS`` each), ``until=FILE`` (steps until there is one),
+``die`` (the process ends as by a signal), ``raise`` (an error that nobody foresaw) or ``engine`` (an engine's error).
 """
 
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 from ltxrt.errors import EngineError
 from ltxrt.result import Progress
@@ -30,6 +31,10 @@ class _Scripted:
         for step in range(steps):
             yield Progress("denoise_1", step, steps)
             time.sleep(float(words.get("pause", 0.05)))
+        gate = re.search(r"until=(\S+)", prompt)
+        while gate is not None and not Path(gate[1]).exists():
+            yield Progress("denoise_1", 0, 1)
+            time.sleep(0.05)
         if "die" in prompt.split():
             os.kill(os.getpid(), signal.SIGKILL)
         if "raise" in prompt.split():

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -63,11 +62,16 @@ def listening_addresses(process_ids):
 
 
 @pytest.fixture
-def nodes(marked, scripted, monkeypatch):
+def ray_folder(monkeypatch):
+    """Where Ray puts its files: its sockets lie deep in it, and a socket's path may hold no more than 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
+@pytest.fixture
+def nodes(ray_folder, marked, scripted, monkeypatch):
     """A running ``ray_nodes.py``: its address, and a function that kills the node of a process."""
-    # Ray's sockets lie deep below it, and a socket's path may hold no more than 107 bytes.
-    folder = tempfile.mkdtemp(prefix="lr-")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
     # The server's own driver joins by a loopback address too.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     arguments = [sys.executable, str(Path(__file__).with_name("ray_nodes.py"))]
@@ -83,10 +87,9 @@ def nodes(marked, scripted, monkeypatch):
         yield address, kill
         process.stdin.close()
         assert process.wait(60) == 0
-    shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(what, seconds=60):
+def until(what, seconds=120):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "waited in vain"
@@ -96,7 +99,7 @@ def until(what, seconds=60):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_replica_and_a_node_die_and_every_job_ends_right(nodes, marked, start_server, redis_url, speech):
+def test_a_replica_and_a_node_die_and_every_job_ends_right(nodes, marked, start_server, redis_url, speech, tmp_path):
     from ltxrt.serve.store_redis import RedisStore
 
     address, kill_node = nodes
@@ -125,19 +128,23 @@ def test_a_replica_and_a_node_die_and_every_job_ends_right(nodes, marked, start_
 
     with contextlib.closing(store), start_server(**settings) as server, server.client() as client:
         assert len(replicas(server)) == 1
-        first = submit(client, "steps=25 pause=0.1", (1, 2, 3))
+        first = submit(client, f"until={tmp_path / 'first'}", (1, 2, 3))
         # Three jobs wait for the one replica: there is a second one, on the other node.
         until(lambda: len(replicas(server)) == 2 and store.count("processing") == 2)
         os.kill(replicas(server)[0], signal.SIGKILL)
+        until(lambda: any(store.get(name).attempts == 2 for name in first))
+        (tmp_path / "first").touch()
         jobs = ended(first)
         assert [(job.state, job.result["seed"]) for job in jobs] == [("succeeded", seed) for seed in (1, 2, 3)]
         assert sorted(job.attempts for job in jobs) == [1, 1, 2]
 
         until(lambda: len(replicas(server)) == 2)
         assert listening_addresses(marked()) <= LOOPBACK
-        second = submit(client, "steps=25 pause=0.1", (4, 5))
+        second = submit(client, f"until={tmp_path / 'second'}", (4, 5))
         until(lambda: store.count("processing") == 2)
         kill_node(replicas(server)[-1])
+        until(lambda: store.count("queued") == 1)  # nothing is there to run it before the other is done
+        (tmp_path / "second").touch()
         jobs = ended(second)
         assert [(job.state, job.result["seed"]) for job in jobs] == [("succeeded", 4), ("succeeded", 5)]
         assert sorted(job.attempts for job in jobs) == [1, 2]
@@ -145,6 +152,19 @@ def test_a_replica_and_a_node_die_and_every_job_ends_right(nodes, marked, start_
         assert client.get("/ready").status_code == 200
         metrics = client.get("/metrics").text
         assert 'ltxrt_jobs_total{outcome="succeeded"} 5.0' in metrics
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_of_its_own_is_nobody_else_s_and_ends_with_the_server(
+    ray_folder, marked, start_server, redis_url, scripted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray leaves a token there
+    with start_server(redis=redis_url, ray=True) as server:
+        assert len(marked()) > 5  # Ray's own, and the replica
+        assert listening_addresses(marked()) <= LOOPBACK
+    assert server.process.returncode == 0
+    assert "SIGTERM received" not in server.log.read_text()
 
 
 @pytest.mark.parametrize(
