@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What serving costs, how it answers under load, and whether anything is lost when processes die.
 
-    python benchmarks/bench_serving.py [--parts throughput load soak] [--clips N] [--rates R ...] [--soak N] [--out DIR]
+    python benchmarks/bench_serving.py [--parts soak load throughput] [--clips N] [--rates R ...] [--soak N] [--out DIR]
 
 - ``throughput``: the same clips of the real tiny bundle, back to back by ``Pipeline.generate`` in one process, then
   through the server, in turns; ``/health`` is asked for all the while. Target: within 5 %, p99 below 50 ms.
@@ -37,7 +37,7 @@ from serving.worlds import FACTORY
 from ltxrt.media import bundled_speech
 
 PACKAGES = ("ltxrt", "numpy", "onnxruntime", "av", "fastapi", "uvicorn")
-PARTS = ("throughput", "load", "soak")
+PARTS = ("soak", "load", "throughput")
 CLIP = {"prompt": "a face that speaks", "match_audio_length": False, "num_frames": 121}
 LARGEST_LOSS, HEALTH_MS = 0.05, 50.0
 _ARRIVAL_SECONDS = 15.0
