@@ -31,6 +31,7 @@ def serve(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle"
         LtxrtError: The server cannot be set up.
     """
     _check_extras(settings)
+    _check_redis(settings)
     set_up_logs(settings.log_level)
     app = create_app(settings, factory=factory)
     with _listening(settings) as listener:
@@ -53,6 +54,14 @@ def _check_extras(settings: Settings) -> None:
         if getattr(settings, name) and find_spec(name) is None:
             shown = True if name == "ray" else "(hidden)"
             raise RequestError(name, shown, f"with the {name} extra only: pip install 'ltxrt[{name}]'")
+
+
+def _check_redis(settings: Settings) -> None:
+    """Once before the application starts: what fails within it is told with a traceback."""
+    if settings.redis is not None:
+        from .store_redis import RedisStore
+
+        RedisStore(settings.redis, retention_seconds=settings.retention_seconds).close()
 
 
 class _Server(uvicorn.Server):

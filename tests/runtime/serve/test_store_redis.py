@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from ltxrt import cli
 from ltxrt.errors import OutputError
 from ltxrt.serve.heartbeat import beating
 from ltxrt.serve.job import NewJob
@@ -205,6 +206,14 @@ def test_no_redis_there(tmp_path):
     assert str(error.value) == "redis://127.0.0.1:1/0: cannot be used as a job store (ConnectionError)"
     with pytest.raises(OutputError, match=r"unix://.*/nothing: cannot be used"):
         RedisStore(f"unix://{tmp_path}/nothing", retention_seconds=1)
+
+
+def test_the_command_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["serve", "--no-auth", "--port", "0", "--redis", "redis://:pass-word@127.0.0.1:1"]) == 7
+    error = "error: redis://127.0.0.1:1: cannot be used as a job store (ConnectionError)"
+    assert capsys.readouterr().err.splitlines() == [error]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_jobs_of_another_version_are_refused(redis_url):
