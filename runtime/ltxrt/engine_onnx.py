@@ -139,6 +139,9 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.enable_mem_reuse = False
     # Off: one block a run for all its tensors, kept for the next one, is nearly twice what is alive at any moment.
     options.enable_mem_pattern = False
+    # The default order leaves until the end what only outputs need, here the decoder's caches, and keeps alive what they
+    # are cut from.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # All networks draw on one arena; they never run at the same time within a clip.
     _share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
