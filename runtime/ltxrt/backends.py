@@ -12,14 +12,26 @@ from importlib import import_module, util
 import onnxruntime
 
 from .bundle import Bundle
-from .engine_onnx_cuda import CUDA_PROVIDER, NO_PROVIDER
 from .errors import EngineError
 from .gpu import Gpu, find_gpus
 from .manifest import Manifest
 from .tensorrt_library import import_tensorrt
 from .tensorrt_plans import check_tensorrt_version, fitting_engine, unfit
 
-__all__ = ["Backend", "Machine", "backends", "compiled_presets", "this_machine"]
+__all__ = [
+    "CUDA_PROVIDER",
+    "NO_CUDA_PROVIDER",
+    "Backend",
+    "Machine",
+    "backends",
+    "compiled_presets",
+    "this_machine",
+]
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+NO_CUDA_PROVIDER = (
+    "this ONNX Runtime has no CUDA provider: uninstall onnxruntime, then run pip install 'onnxruntime-gpu>=1.31,<1.32'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +157,7 @@ def _tensorrt(gpu: Gpu) -> tuple[str, str]:
 
 def _no_cuda_provider(gpu: Gpu) -> str:
     if CUDA_PROVIDER not in onnxruntime.get_available_providers():
-        return NO_PROVIDER
+        return NO_CUDA_PROVIDER
     built_for = str(getattr(onnxruntime, "cuda_version", "") or "")
     major = built_for.partition(".")[0]
     if major.isdigit() and gpu.cuda_version[0] < int(major):

@@ -17,6 +17,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from .backends import CUDA_PROVIDER, NO_CUDA_PROVIDER
 from .engine import TensorSpec
 from .engine_device import Bound, DeviceEngine
 from .engine_onnx import ORT_ERRORS, check_ports, one_line
@@ -25,13 +26,7 @@ from .graph import IdlePool
 from .memory import DeviceTensor
 from .stream import Device
 
-__all__ = ["CUDA_OPTIONS", "CUDA_PROVIDER", "NO_PROVIDER", "OnnxCudaNetwork", "OnnxPlacement", "cuda_engine"]
-
-CUDA_PROVIDER = "CUDAExecutionProvider"
-
-NO_PROVIDER = (
-    "this ONNX Runtime has no CUDA provider: uninstall onnxruntime, then run pip install 'onnxruntime-gpu>=1.31,<1.32'"
-)
+__all__ = ["CUDA_OPTIONS", "OnnxCudaNetwork", "OnnxPlacement", "cuda_engine"]
 
 #: Options of the provider; the device's number and stream come on top.
 CUDA_OPTIONS: Mapping[str, str] = MappingProxyType(
@@ -102,7 +97,7 @@ class OnnxCudaNetwork:
         self._device = device
         self._placement = placement
         if placement.provider not in ort.get_available_providers():
-            raise EngineError(f"{name}: {NO_PROVIDER}")
+            raise EngineError(f"{name}: {NO_CUDA_PROVIDER}")
         self._session, self.capturable = self._open(path)
         check_ports(f"{name}: {path.name}", "input", self.inputs, self._session.get_inputs())
         check_ports(f"{name}: {path.name}", "output", self.outputs, self._session.get_outputs())
@@ -180,7 +175,7 @@ class OnnxCudaNetwork:
                     continue
                 raise EngineError(f"{self.name}: ONNX Runtime cannot load {path.name}: {one_line(error)}") from error
             if self._placement.provider not in session.get_providers():
-                raise EngineError(f"{self.name}: ONNX Runtime's CUDA provider does not load: {NO_PROVIDER}")
+                raise EngineError(f"{self.name}: ONNX Runtime's CUDA provider does not load: {NO_CUDA_PROVIDER}")
             return session, capture and self._placement.provider == CUDA_PROVIDER
         raise AssertionError("the second attempt ends in a session or an error")
 

@@ -4,6 +4,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .backends import Backend, Machine, backends, compiled_presets, this_machine
 from .bundle import Bundle
@@ -11,9 +12,11 @@ from .clip_memory import ClipSize
 from .engine import Engine
 from .engine_onnx import OnnxEngine
 from .errors import EngineError
-from .gpu_store import GpuStore
 from .manifest import NETWORK_NAMES, NetworkEntry
 from .timing import TimedEngine, Timings
+
+if TYPE_CHECKING:
+    from .gpu_store import GpuStore
 
 __all__ = ["Backend", "EngineStore", "Engines", "backends", "check_fits"]
 
@@ -61,7 +64,7 @@ class EngineStore:
         self._bundle = bundle
         self._threads = threads
         self._loaded: dict[str, Engine] = {}
-        self._gpu: GpuStore | None = None
+        self._gpu: "GpuStore | None" = None
         self._lock = threading.Lock()
 
     def engines(self, preset: str) -> Engines:
@@ -135,7 +138,9 @@ class EngineStore:
             with self._lock:
                 self._gpu_store().check(preset, size)
 
-    def _gpu_store(self) -> GpuStore:
+    def _gpu_store(self) -> "GpuStore":
+        from .gpu_store import GpuStore  # which a machine without a GPU does not wait for
+
         if self._gpu is None:
             self._gpu = GpuStore(self._bundle, self._machine, compiled=self.backend.name == "tensorrt")
         return self._gpu

@@ -10,12 +10,13 @@ import onnxruntime as ort
 import pytest
 
 from ltxrt import engine_onnx_cuda
+from ltxrt.backends import CUDA_PROVIDER
 from ltxrt.bundle import Bundle
 from ltxrt.decode import VideoDecoder
 from ltxrt.engine import TensorSpec, concrete_shape, iterate, run_resident
 from ltxrt.engine_device import DeviceEngine
 from ltxrt.engine_onnx import OnnxEngine
-from ltxrt.engine_onnx_cuda import CUDA_OPTIONS, CUDA_PROVIDER, OnnxCudaNetwork, OnnxPlacement, cuda_engine
+from ltxrt.engine_onnx_cuda import CUDA_OPTIONS, OnnxCudaNetwork, OnnxPlacement, cuda_engine
 from ltxrt.errors import EngineError
 from ltxrt.graph import IdlePool
 from ltxrt.manifest import NETWORK_NAMES

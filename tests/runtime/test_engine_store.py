@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from ltxrt import engine_store
+from ltxrt import engine_store, gpu_store
 from ltxrt.backends import Machine, this_machine
 from ltxrt.bundle import Bundle
 from ltxrt.clip_memory import ClipSize
@@ -165,7 +165,7 @@ def test_a_backend_by_name(toy_bundle):
 
 
 def test_nothing_is_asked_of_the_gpu_where_the_cpu_runs(toy_bundle, monkeypatch):
-    monkeypatch.setattr(engine_store, "GpuStore", lambda *_, **__: pytest.fail("the GPU was opened"))
+    monkeypatch.setattr(gpu_store, "GpuStore", lambda *_, **__: pytest.fail("the GPU was opened"))
     store = EngineStore(Bundle.open(toy_bundle), machine=NO_GPU)
     check_fits(store, "high", ClipSize(PixelShape(481, 2048, 2048), Fraction(24)))
     check_fits(object(), "high", ClipSize(PixelShape(481, 2048, 2048), Fraction(24)))
@@ -183,7 +183,7 @@ def test_the_gpu_s_engines_are_asked_for_once_a_call(toy_bundle, monkeypatch):
             asked.append(preset)
             return {name: getattr(fake_engines(), name) for name in NETWORK_NAMES}
 
-    monkeypatch.setattr(engine_store, "GpuStore", Gpu)
+    monkeypatch.setattr(gpu_store, "GpuStore", Gpu)
     store = EngineStore(Bundle.open(toy_bundle), machine=GPU_MACHINE)
     assert store.backend.name == "onnxruntime-cuda"
     assert store.engines("high").denoiser.name == "denoiser"
