@@ -274,4 +274,3 @@ def test_any_order_of_calls(open_store):
     store = open_store()
     chosen = settings(max_examples=25, stateful_step_count=20, deadline=None)
     run_state_machine_as_test(lambda: StoreMachine(store), settings=chosen)
-    assert store.last_event() > 0
