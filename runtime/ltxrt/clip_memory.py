@@ -7,7 +7,7 @@ estimate (``memory_model.toml``) where they have not. Nothing of this touches a 
 
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -24,7 +24,7 @@ from .memory_plan import ArenaPlan, MemoryRequest, plan_arena
 from .preset import load_preset
 from .shapes import TEMPORAL_COMPRESSION, PixelShape, audio_token_count, samples_for_frames
 
-__all__ = ["PHASES", "ClipMemory", "ClipSize", "clip_memory", "largest_that_fits"]
+__all__ = ["PHASES", "ClipMemory", "ClipSize", "Fits", "clip_memory", "largest_that_fits", "process_bytes"]
 
 #: Steps of a clip, in order, and the network of each.
 PHASES = {
@@ -128,10 +128,15 @@ def clip_memory(
         working[phase] = _estimated_bytes(bundle, network, sizes) if reported is None else reported
     # One block for all engines, which does not shrink: see ``memory.Scratch``.
     requests.append(MemoryRequest("working memory of all engines", max(working.values()), 0, _END))
-    return ClipMemory(size, plan_arena(requests), working, measured, int(_model()["fixed"]["process_bytes"]))
+    return ClipMemory(size, plan_arena(requests), working, measured, process_bytes())
 
 
-def largest_that_fits(size: ClipSize, fits: "Fits") -> ClipSize | None:
+def process_bytes() -> int:
+    """What CUDA itself takes of a GPU's memory, once it is opened."""
+    return int(_model()["fixed"]["process_bytes"])
+
+
+def largest_that_fits(size: ClipSize, fits: Callable[[ClipSize], bool]) -> ClipSize | None:
     """The largest clip of the same length and nearly the same aspect that ``fits`` says yes to; None without one."""
     frames, height, width = size.canvas
     for high in range(height, 0, -64):

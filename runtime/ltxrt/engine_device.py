@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from .engine import Array, Capture, Tensor, TensorSpec, check_feeds
 from .errors import EngineError
 from .graph import IdlePool
@@ -109,9 +111,9 @@ class DeviceEngine:
         return self._declared.outputs
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
-        """See ``Engine.run``; waits for the result."""
+        """See ``Engine.run``; waits for the result, in ordinary memory: whoever keeps it locks no pages."""
         copies = {name: tensor.fetch() for name, tensor in self._run(feeds).items()}
-        return {name: copy.wait() for name, copy in copies.items()}
+        return {name: np.array(copy.wait()) for name, copy in copies.items()}
 
     def run_resident(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See ``engine.run_resident``."""

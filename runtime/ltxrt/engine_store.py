@@ -64,7 +64,7 @@ class EngineStore:
         self._bundle = bundle
         self._threads = threads
         self._loaded: dict[str, Engine] = {}
-        self._gpu: "GpuStore | None" = None
+        self._gpu: GpuStore | None = None
         self._lock = threading.Lock()
 
     def engines(self, preset: str) -> Engines:

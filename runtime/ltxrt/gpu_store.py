@@ -15,7 +15,7 @@ from typing import Literal
 
 from .backends import Machine
 from .bundle import Bundle
-from .clip_memory import ClipMemory, ClipSize, Fits, clip_memory, largest_that_fits
+from .clip_memory import ClipMemory, ClipSize, Fits, clip_memory, largest_that_fits, process_bytes
 from .device_layout import open_layout
 from .engine import Array, Capture, Engine, Tensor, TensorSpec, check_feeds
 from .engine_device import Bound, DeviceEngine
@@ -90,8 +90,10 @@ class GpuStore:
         if not self._compiled:
             return
         entries = self._entries(preset)
-        held = sum(self._plan_bytes(entries[name]) for name in self._held(preset))
-        self.residency = residency_for(self._bundle, preset, size, self.device.free_bytes() + held, entries)
+        # What is held already is part of what the clip takes: weights, buffers, working memory, CUDA itself.
+        held = sum(self._plan_bytes(entries[name]) for name in self._held(preset)) + self.device.held_bytes()
+        available = self.device.free_bytes() + held + process_bytes()
+        self.residency = residency_for(self._bundle, preset, size, available, entries)
         if self.residency == "release_text":
             for engine in self._loaded.values():
                 if isinstance(engine, SwappedEngine):
@@ -230,7 +232,7 @@ def residency_for(
         bundle: Where the networks are.
         preset: Whose networks.
         size: Of the clip.
-        available_bytes: Free memory, and what this program's own engines of the preset hold.
+        available_bytes: Free memory, and what this program holds for clips of the preset.
         engines: Compiled engines by network name.
 
     Raises:

@@ -158,6 +158,10 @@ class Device:
         pool = self._raw.memory_resource.attributes
         return int(free) + int(pool.reserved_mem_current) - int(pool.used_mem_current)
 
+    def held_bytes(self) -> int:
+        """Memory that this program's own blocks and tensors take; loaded engines are not among them."""
+        return int(self._raw.memory_resource.attributes.used_mem_current)
+
     def allocate(self, size_bytes: int) -> DeviceMemory:
         """A block of its own, in the order of the compute stream.
 

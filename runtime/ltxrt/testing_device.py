@@ -215,13 +215,12 @@ class HostCuda:
         )
 
     def _device(self) -> Any:
-        pool = SimpleNamespace(reserved_mem_current=0, used_mem_current=0)
         return SimpleNamespace(
             set_current=lambda: None,
             create_stream=self._stream,
             allocate=self._allocate,
             create_graph_builder=lambda: HostGraphBuilder(self),
-            memory_resource=SimpleNamespace(attributes=pool),
+            memory_resource=SimpleNamespace(attributes=_Pool(self)),
         )
 
     def _stream(self, *, options: Any) -> HostStream:
@@ -272,6 +271,19 @@ class HostCuda:
 
         _stream_of(stream).put(write)
         return (Result.CUDA_SUCCESS,)
+
+
+class _Pool:
+    """A pool that holds nothing that is not used."""
+
+    def __init__(self, cuda: HostCuda) -> None:
+        self._cuda = cuda
+
+    @property
+    def used_mem_current(self) -> int:
+        return self._cuda.used
+
+    reserved_mem_current = used_mem_current
 
 
 class HostLayout:

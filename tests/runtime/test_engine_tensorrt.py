@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import pytest
 from ltxrt import Pipeline, Request, gpu_store
 from ltxrt.backends import Machine
 from ltxrt.bundle import Bundle, tiny_bundle_path
+from ltxrt.clip_memory import ClipSize, clip_memory, process_bytes
 from ltxrt.engine import concrete_shape, iterate
 from ltxrt.engine_onnx import OnnxEngine
 from ltxrt.engine_store import EngineStore
@@ -34,7 +36,7 @@ from ltxrt.errors import EngineError
 from ltxrt.graph import IdlePool
 from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, EngineProfile, FileEntry
 from ltxrt.media import bundled_speech
-from ltxrt.shapes import LatentShape
+from ltxrt.shapes import LatentShape, PixelShape
 from ltxrt.tensorrt_library import load_library
 from ltxrt.testing_device import HOST_GPU, HostCuda, HostLayout, host_device
 from ltxrt.upsample import upsample
@@ -579,6 +581,21 @@ def test_a_clip_that_does_not_fit_is_refused_before_anything_is_loaded(stored, t
     assert (trt.most_loading, cuda.used) == (0, 0)
 
 
+def test_what_a_clip_left_behind_does_not_keep_the_next_one_out(stored, bundle, trt):
+    size = ClipSize(PixelShape(73, 128, 128), Fraction(24))
+    entries = {name: plan_file(bundle, name).entry for name in NETWORK_NAMES}
+    needed = clip_memory(bundle, "high", size, entries).needed_bytes - process_bytes()
+    store, cuda = stored(memory_bytes=needed)
+    store.check("high", size)
+    made = store.engines("high").denoiser
+    *_, _last = iterate(made.capture(feeds_for(bundle, "denoiser", **DENOISER)), LEVELS, {})
+    assert cuda.used > 0
+    store.check("high", size)
+    assert store._gpu.residency == "resident"
+    with pytest.raises(EngineError, match=r"192x128, 73 frames at high takes"):
+        store.check("high", ClipSize(PixelShape(73, 128, 192), Fraction(24)))
+
+
 def test_the_text_encoder_goes_where_it_cannot_stay(stored, bundle, trt, monkeypatch):
     store, _ = stored()
     engines = store.engines("high")
@@ -613,7 +630,8 @@ def test_the_whole_pipeline_gives_the_cpu_s_bytes(stored, bundle):
         input_audio=bundled_speech(),
         resolution="128x128",
         match_audio_length=False,
-        num_frames=73,
+        num_frames=65,
+        video_quality="low",
         seed=3,
     )
     plain = replace(Pipeline.open(), store=EngineStore(bundle, threads=1, backend="onnxruntime-cpu"))
@@ -621,7 +639,7 @@ def test_the_whole_pipeline_gives_the_cpu_s_bytes(stored, bundle):
     assert found == b"".join(plain.generate(request))
     assert store._gpu.device.layout.turned == 3  # into and out of the upsampler, into the decoder
     assert len(cuda.graphs) == 2  # one for each stage
-    assert [graph.launches for graph in cuda.graphs] == [8, 3]
+    assert [graph.launches for graph in cuda.graphs] == [5, 2]
 
 
 # --- a GPU ---
