@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import uvicorn
+from fastapi import FastAPI
 
 from ..errors import OutputError, RequestError
 from .app import create_app
@@ -31,22 +32,27 @@ def serve(settings: Settings, *, factory: str = "ltxrt.serve.worker:open_bundle"
         LtxrtError: The server cannot be set up.
     """
     _check_extras(settings)
-    _check_redis(settings)
     set_up_logs(settings.log_level)
     app = create_app(settings, factory=factory)
     with _listening(settings) as listener:
-        port = listener.getsockname()[1]
+        asyncio.run(_serve(app, settings, listener))
+
+
+async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        app,
+        # Here instead: uvicorn tells what fails at the start with a traceback.
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+    )
+    async with app.router.lifespan_context(app):
         # As JSON like every other line, so that a program that asked for port 0 finds it here.
-        _LOG.info("listening", extra={"event": "listening", "host": settings.host, "port": port})
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
-        )
-        server = _Server(config, lambda: app.state.service, settings.drain_seconds)
-        asyncio.run(server.serve(sockets=[listener]))
+        details = {"event": "listening", "host": settings.host, "port": listener.getsockname()[1]}
+        _LOG.info("listening", extra=details)
+        await _Server(config, lambda: app.state.service, settings.drain_seconds).serve(sockets=[listener])
 
 
 def _check_extras(settings: Settings) -> None:
@@ -54,14 +60,6 @@ def _check_extras(settings: Settings) -> None:
         if getattr(settings, name) and find_spec(name) is None:
             shown = True if name == "ray" else "(hidden)"
             raise RequestError(name, shown, f"with the {name} extra only: pip install 'ltxrt[{name}]'")
-
-
-def _check_redis(settings: Settings) -> None:
-    """Once before the application starts: what fails within it is told with a traceback."""
-    if settings.redis is not None:
-        from .store_redis import RedisStore
-
-        RedisStore(settings.redis, retention_seconds=settings.retention_seconds).close()
 
 
 class _Server(uvicorn.Server):

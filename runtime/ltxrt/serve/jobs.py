@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
@@ -76,21 +76,22 @@ class JobLayer:
         self._options = options
         self._data = Path(options.worker.data).absolute()  # workers elsewhere have another current folder
         self.jobs_folder, self.incoming_folder = self._data / "jobs", self._data / "incoming"
-        try:
-            for folder in (self._data, self.jobs_folder, self.incoming_folder):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _locked(self._data, shared=options.worker.redis is not None)
-        except OSError as error:
-            taken = isinstance(error, BlockingIOError)
-            reason = "another server uses this data folder" if taken else f"no data folder ({error.strerror})"
-            raise OutputError(f"{options.worker.data}: {reason}") from error
         worker = replace(options.worker, data=str(self._data), server=token_hex(8))
-        try:
+        with ExitStack() as opened:
+            # First, so that where it cannot be used no folder is made.
             self._shared = worker.open_shared(patient=False)
+            if self._shared is not None:
+                opened.callback(self._shared.close)
+            try:
+                for folder in (self._data, self.jobs_folder, self.incoming_folder):
+                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._lock = opened.enter_context(_locked(self._data, shared=self._shared is not None))
+            except OSError as error:
+                taken = isinstance(error, BlockingIOError)
+                reason = "another server uses this data folder" if taken else f"no data folder ({error.strerror})"
+                raise OutputError(f"{options.worker.data}: {reason}") from error
             self.store: Store = self._shared or worker.open_own()
-        except BaseException:
-            self._lock.close()
-            raise
+            opened.pop_all()  # all is well: ``running`` closes them
         self.board = Board()
         self.pool = self._pool(worker)
         self.draining = False

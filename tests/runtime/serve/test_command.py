@@ -126,3 +126,8 @@ def test_a_port_that_is_taken(tmp_path, monkeypatch, capsys):
         port = taken.getsockname()[1]
         assert cli.run(["serve", "--no-auth", "--port", str(port)]) == 7
     assert "cannot listen there" in capsys.readouterr().err
+
+
+def test_a_data_folder_that_is_taken(server, tmp_path, capsys):
+    assert cli.run(["serve", "--no-auth", "--port", "0", "--data", str(server.data)]) == 7
+    assert capsys.readouterr().err == f"error: {server.data}: another server uses this data folder\n"
