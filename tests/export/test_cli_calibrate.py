@@ -155,8 +155,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, fp32_graphs: Mapping[str, Path]) -
     def fake(graph: Path, ranges: Calibration, feeds: str, by: str, folder: Path) -> Generator[SensitivityRow]:
         assert (feeds, list(folder.iterdir())) == ("feeds", [])
         seen.extend((graph, ranges, by))
-        yield SensitivityRow("a", 2, 20, 1e-4)
-        yield SensitivityRow("b", 1, 10, 3e-3)
+        yield SensitivityRow("a", 2, {"fp8": 2, "fp8-mixed": 0}, 20, 1e-4)
+        yield SensitivityRow("b", 1, {"fp8": 1, "fp8-mixed": 1}, 10, 3e-3)
 
     monkeypatch.setattr(sensitivity, "sensitivity", fake)
     monkeypatch.setattr(sensitivity, "record_feeds", lambda bundle, preset: "feeds")
@@ -170,9 +170,9 @@ def test_sensitivity_lists_the_worst_first(work: Path, measured: list[object], c
     assert run(["sensitivity", str(shipped.path), "--calibration", "c.json", "--by", "block"]) == 0
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
-        ["group", "layers", "parameters", "error"],
-        ["b", "1", "10", "3.00e-03"],
-        ["a", "2", "20", "1.00e-04"],
+        ["group", "layers", "fp8", "fp8-mixed", "parameters", "error"],
+        ["b", "1", "1", "1", "10", "3.00e-03"],
+        ["a", "2", "2", "0", "20", "1.00e-04"],
     ]
     assert err == "a: 1.00e-04\nb: 3.00e-03\n"
     assert measured[1:] == [calibration_of(shipped), "block"]
@@ -181,8 +181,8 @@ def test_sensitivity_lists_the_worst_first(work: Path, measured: list[object], c
         "bundle": str(shipped.path),
         "by": "layer",
         "rows": [
-            {"group": "b", "layers": 1, "parameters": 10, "error": 3e-3},
-            {"group": "a", "layers": 2, "parameters": 20, "error": 1e-4},
+            {"group": "b", "layers": 1, "quantised": {"fp8": 1, "fp8-mixed": 1}, "parameters": 10, "error": 3e-3},
+            {"group": "a", "layers": 2, "quantised": {"fp8": 2, "fp8-mixed": 0}, "parameters": 20, "error": 1e-4},
         ],
     }
 

@@ -24,6 +24,7 @@ from ltxrt_export.bundle_writer import BundleWriter
 from ltxrt_export.denoiser_graph import export_denoiser
 from ltxrt_export.exporter import Sources, tables
 from ltxrt_export.lint.linter import lint_graph
+from ltxrt_export.networks.denoiser import DenoiseStep, Semantics
 from ltxrt_export.networks.spec import NetworkSpec
 from ltxrt_export.onnx_export import export_model
 from ltxrt_export.parity import relative_error
@@ -46,6 +47,7 @@ from ltxrt_export.quantize.sensitivity import record_feeds, sensitivity, table
 from ltxrt_export.quantize.twin import rounding_twin
 from ltxrt_export.weights import TensorFile
 
+DIT = "model.diffusion_model."
 Feeds = Mapping[str, np.ndarray]
 SIZES = {"n": 23, "samples": 8_000, "h": 3, "w": 4, "f": 3, "Nv": 36, "Na": 31, "p": 1, "q": 1, "c": 0}
 OTHER = {"n": 40, "samples": 9_600, "h": 4, "w": 4, "f": 4, "Nv": 64, "Na": 40, "p": 0, "q": 1, "c": 2}
@@ -414,15 +416,49 @@ def test_sensitivity_ranks_groups_of_layers(
     feeds = record_feeds(bundle, next(iter(bundle.manifest.presets)))
     assert len(feeds) == 6
     assert feeds[0]["sigma"][0] == 1.0
-    rows = list(sensitivity(networks["denoiser"].path, calibration, feeds, "block", tmp_path))
-    assert [row.group[-1] for row in rows] == list("01234")
-    assert sum(row.layers for row in rows) == 134
-    assert all(1e-6 < row.error < 0.1 for row in rows)
+    rows = list(sensitivity(networks["denoiser"].path, calibration, feeds[::3], "block", tmp_path))
+    blocks = [row for row in rows if "transformer_blocks" in row.group]
+    assert [row.group[-1] for row in blocks] == list("01234")
+    assert sum(row.layers for row in rows) == len(linears(networks["denoiser"].model.graph))
+    assert [sum(row.quantised[name] for row in rows) for name in ("fp8", "fp8-mixed")] == [134, 84]
+    assert [bool(row.quantised["fp8-mixed"]) for row in blocks] == [False, True, True, True, False]
+    assert {"patchify_proj", "audio_patchify_proj", "proj_out"} < {row.group for row in rows if row not in blocks}
+    assert all(1e-6 < row.error < 0.1 for row in blocks)
     text = table(rows).splitlines()
-    assert len(text) == 6
+    assert len(text) == len(rows) + 1
     assert [float(line.split()[-1]) for line in text[1:]] == sorted(
         (float(f"{r.error:.2e}") for r in rows), reverse=True
     )
+
+
+def test_sensitivity_is_what_torch_makes_of_the_same_rounding(
+    shipped_sources: Sources,
+    bundle: Bundle,
+    networks: Mapping[str, Network],
+    calibration: Calibration,
+    tmp_path: Path,
+) -> None:
+    """One of the first groups, rounded once more by a hook on the torch class."""
+    group = "patchify_proj"
+    feeds = record_feeds(bundle, next(iter(bundle.manifest.presets)))[2:3]
+    rows = sensitivity(networks["denoiser"].path, calibration, feeds, "kind", tmp_path)
+    row = next(row for row in rows if row.group == group)
+    step = DenoiseStep(shipped_sources.checkpoint.component("transformer").load(), Semantics.R3).eval()
+    inputs = [torch.from_numpy(feeds[0][port.name]) for port in networks["denoiser"].entry.inputs]
+    with torch.no_grad():
+        expected = step(*inputs).double()
+        layer, amax = step.pre.proj_in, calibration.networks["denoiser"].layers[f"{DIT}{group}.weight"].amax
+        layer.register_forward_pre_hook(lambda _, given: (rounded_to_fp8(given[0], amax),))
+        layer.weight.copy_(rounded_to_fp8(layer.weight, layer.weight.abs().amax(dim=1, keepdim=True)))
+        found = step(*inputs).double()
+    assert (row.layers, row.quantised) == (1, {"fp8": 0, "fp8-mixed": 0})
+    assert row.error == pytest.approx(float((found - expected).norm() / expected.norm()), rel=0.03)
+
+
+def rounded_to_fp8(values: torch.Tensor, amax: torch.Tensor | float) -> torch.Tensor:
+    """E4M3 and back, saturating at ``amax``."""
+    scale = amax / 448
+    return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def test_scales_survive_in_16_bits(networks: Mapping[str, Network], settings: PrecisionSettings) -> None:

@@ -18,7 +18,8 @@ from ltxrt.errors import ExportError, shown
 
 __all__ = ["RECIPES", "BlockRule", "Recipe", "Rule", "Selection", "load_recipe"]
 
-#: Precisions that have a recipe, by network.
+#: Precisions that have a recipe, by network. The other networks are convolutions and take a small part of a clip's
+#: arithmetic; the FP8 pass knows products of matrices alone. (NVIDIA's filter for LTX has the decoder's up blocks too.)
 RECIPES: Mapping[str, tuple[str, ...]] = {"denoiser": ("fp8", "fp8-mixed"), "text_encoder": ("fp8",)}
 
 _KEYS = {"network", "precision", "description", "activations", "quantise", "keep", "blocks"}

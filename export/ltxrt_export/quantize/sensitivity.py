@@ -3,7 +3,8 @@
 
 A group's figure is the relative L2 error of ``latent_next`` over steps of both stages of one calibration clip, against
 the fp32 graph. Errors of many layers add up roughly as the root of the sum of squares, so the table shows where 16 bits
-buy most.
+buy most. Layers that the recipes keep in 16 bits are measured as well: what they would cost is why they are kept, or
+shows that they need not be.
 """
 
 import re
@@ -26,18 +27,20 @@ from .clips import CLIPS
 from .fp8 import quantise
 from .fp8_weights import Fp8Pair, Fp8Request, write_fp8
 from .graph import linears, stored_tensors
-from .recipe import load_recipe
+from .recipe import RECIPES, load_recipe
 from .recording import ObservedEngine, link_weights, open_session
 
 __all__ = ["GROUPINGS", "SensitivityRow", "record_feeds", "sensitivity", "table"]
 
 #: Steps of a clip that are compared: the first, two in the middle and the last of stage 1, first and last of stage 2.
 _STEPS = (0, 3, 5, 7, 8, 10)
+#: Before every key of the denoiser.
+_DIT = "model.diffusion_model."
 
 GROUPINGS: Mapping[str, Callable[[str], str]] = {
     "layer": lambda key: key.removesuffix(".weight"),
-    "block": lambda key: ".".join(re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.", key, maxsplit=1)[:1]),
-    "kind": lambda key: re.sub(r"^.*?\.\d+\.", "", key).removesuffix(".weight"),
+    "block": lambda key: re.sub(r"(\.\d+)\..*$", r"\1", key.removeprefix(_DIT).removesuffix(".weight")),
+    "kind": lambda key: re.sub(r"^\w+\.\d+\.", "", key.removeprefix(_DIT)).removesuffix(".weight"),
 }
 
 
@@ -48,12 +51,14 @@ class SensitivityRow:
     Attributes:
         group: Its name.
         layers: Linear layers in it.
+        quantised: How many of them each recipe of the denoiser quantises, by its precision.
         parameters: Weights in it.
         error: Relative L2 error of the output with this group alone in FP8.
     """
 
     group: str
     layers: int
+    quantised: Mapping[str, int]
     parameters: int
     error: float
 
@@ -89,12 +94,13 @@ def sensitivity(
         ExportError: The calibration does not fit the graph.
     """
     model = onnx.load(graph, load_external_data=False)
-    recipe = load_recipe("denoiser", "fp8")
-    keys = recipe.select(linear.key for linear in linears(model.graph)).quantised
+    keys = tuple(dict.fromkeys(linear.key for linear in linears(model.graph)))
+    recipes = {precision: load_recipe("denoiser", precision) for precision in RECIPES["denoiser"]}
+    chosen = {precision: set(recipe.select(keys).quantised) for precision, recipe in recipes.items()}
     weights = stored_tensors(model, graph.parent)
     link_weights(model, graph.parent, folder)
     pairs = write_fp8(folder, "denoiser", [Fp8Request(weights[key], "F32") for key in keys])
-    amax = calibration.ranges("denoiser", keys, recipe.activations)
+    amax = calibration.ranges("denoiser", keys, "amax")
     feeds = list(feeds)
     expected = _outputs(model, folder, feeds)
     groups: dict[str, list[str]] = {}
@@ -103,15 +109,19 @@ def sensitivity(
     for name, members in groups.items():
         variant = _quantised(model, {key: pairs[key] for key in members}, amax)
         error = _error(_outputs(variant, folder, feeds), expected)
-        yield SensitivityRow(name, len(members), sum(prod(weights[key].shape) for key in members), error)
+        quantised = {precision: len(found.intersection(members)) for precision, found in chosen.items()}
+        yield SensitivityRow(name, len(members), quantised, sum(prod(weights[key].shape) for key in members), error)
 
 
 def table(rows: Iterable[SensitivityRow]) -> str:
-    """The rows as text, most sensitive first."""
+    """The rows as text, most sensitive first; below each recipe's name, how many of the layers it quantises."""
     ordered = sorted(rows, key=lambda row: -row.error)
     width = max((len(row.group) for row in ordered), default=5)
-    lines = [f"{'group':{width}}  layers  parameters      error"]
-    lines += [f"{row.group:{width}}  {row.layers:6}  {row.parameters:10}  {row.error:9.2e}" for row in ordered]
+    recipes = "  ".join(RECIPES["denoiser"])
+    lines = [f"{'group':{width}}  layers  {recipes}  parameters      error"]
+    for row in ordered:
+        counts = "  ".join(f"{row.quantised[name]:{len(name)}}" for name in RECIPES["denoiser"])
+        lines.append(f"{row.group:{width}}  {row.layers:6}  {counts}  {row.parameters:10}  {row.error:9.2e}")
     return "\n".join(lines)
 
 
