@@ -4,7 +4,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -12,6 +12,7 @@ import httpx2
 __all__ = ["KINDS", "Call", "Outcome"]
 
 _RETRY_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _TERMINAL = ("succeeded", "failed", "cancelled")
 _BAD: tuple[dict[str, Any], ...] = (
     {"num_frames": 482},
@@ -59,6 +60,7 @@ class Outcome:
         state: Of the job as its caller saw it last.
         retries: How often the server was not there.
         problem: What should not have been.
+        job: Its id, where the caller learnt it.
     """
 
     kind: str
@@ -68,26 +70,24 @@ class Outcome:
     state: str | None = None
     retries: int = 0
     problem: str | None = None
-    job: str | None = field(default=None)
+    job: str | None = None
 
 
 async def made(call: Call) -> Outcome:
     """Make a call to its end."""
     outcome = Outcome(call.kind)
     started = time.monotonic()
-    await KINDS[call.kind](call, outcome, started)
+    await KINDS[call.kind](call, outcome)
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
-async def _persistent(
-    outcome: Outcome, ask: Callable[[], Awaitable[httpx2.Response]], full: bool = True
-) -> httpx2.Response:
+async def _persistent(outcome: Outcome, ask: Callable[[], Awaitable[httpx2.Response]]) -> httpx2.Response:
     """Ask until the server is there, and, where the queue is full, until it has room."""
     while True:
         try:
             answer = await ask()
-            if not (full and answer.status_code == 503):
+            if answer.status_code != 503:
                 return answer
         except httpx2.TransportError:
             outcome.retries += 1
@@ -104,10 +104,24 @@ async def _submit(call: Call, outcome: Outcome) -> str | None:
     return outcome.job
 
 
-async def _queue(call: Call, outcome: Outcome, started: float) -> None:
+async def _queue(call: Call, outcome: Outcome) -> None:
     name = await _submit(call, outcome)
-    while name is not None and outcome.state not in _TERMINAL:
-        await asyncio.sleep(0.1)
+    if name is not None:
+        await _polled(call, outcome, name)
+
+
+async def _cancel(call: Call, outcome: Outcome) -> None:
+    name = await _submit(call, outcome)
+    if name is not None:
+        await asyncio.sleep(call.patience)
+        await _persistent(outcome, lambda: call.client().delete(f"/api/ai/queue/{name}"))
+        await _polled(call, outcome, name)
+
+
+async def _polled(call: Call, outcome: Outcome, name: str) -> None:
+    """Ask for a job until it has ended."""
+    while outcome.state not in _TERMINAL:
+        await asyncio.sleep(_POLL_SECONDS)
         answer = await _persistent(outcome, lambda: call.client().get(f"/api/ai/queue/{name}"))
         if answer.status_code != 200:
             outcome.problem = f"a job is lost: {answer.text[:200]}"
@@ -115,22 +129,7 @@ async def _queue(call: Call, outcome: Outcome, started: float) -> None:
         outcome.state = answer.json()["status"]
 
 
-async def _cancel(call: Call, outcome: Outcome, started: float) -> None:
-    name = await _submit(call, outcome)
-    if name is not None:
-        await asyncio.sleep(call.patience)
-        await _persistent(outcome, lambda: call.client().delete(f"/api/ai/queue/{name}"))
-        await _queue_end(call, outcome, name)
-
-
-async def _queue_end(call: Call, outcome: Outcome, name: str) -> None:
-    while outcome.state not in _TERMINAL:
-        answer = await _persistent(outcome, lambda: call.client().get(f"/api/ai/queue/{name}"))
-        outcome.state = answer.json().get("status")
-        await asyncio.sleep(0.1)
-
-
-async def _sync(call: Call, outcome: Outcome, started: float) -> None:
+async def _sync(call: Call, outcome: Outcome) -> None:
     answer = await _persistent(
         outcome, lambda: call.client().post("/api/ai/videos/generate", json=call.body, headers=call.key)
     )
@@ -145,8 +144,8 @@ async def _sync(call: Call, outcome: Outcome, started: float) -> None:
         outcome.problem = answer.text[:200]
 
 
-async def _stream(call: Call, outcome: Outcome, started: float) -> None:
-    first = b""
+async def _stream(call: Call, outcome: Outcome) -> None:
+    first, started = b"", time.monotonic()
     try:
         async with call.client().stream("POST", "/v1/videos/stream", json=call.body, headers=call.key) as answer:
             outcome.status = answer.status_code
@@ -164,7 +163,7 @@ async def _stream(call: Call, outcome: Outcome, started: float) -> None:
         outcome.problem = f"status {outcome.status}"
 
 
-async def _leave(call: Call, outcome: Outcome, started: float, path: str) -> None:
+async def _leave(call: Call, outcome: Outcome, path: str) -> None:
     """A caller who goes away."""
     body = {**call.body, "prompt": "steps=40 pause=0.05"}
     try:
@@ -173,15 +172,15 @@ async def _leave(call: Call, outcome: Outcome, started: float, path: str) -> Non
         return
 
 
-async def _leave_sync(call: Call, outcome: Outcome, started: float) -> None:
-    await _leave(call, outcome, started, "/api/ai/videos/generate")
+async def _leave_sync(call: Call, outcome: Outcome) -> None:
+    await _leave(call, outcome, "/api/ai/videos/generate")
 
 
-async def _leave_stream(call: Call, outcome: Outcome, started: float) -> None:
-    await _leave(call, outcome, started, "/v1/videos/stream")
+async def _leave_stream(call: Call, outcome: Outcome) -> None:
+    await _leave(call, outcome, "/v1/videos/stream")
 
 
-async def _bad(call: Call, outcome: Outcome, started: float) -> None:
+async def _bad(call: Call, outcome: Outcome) -> None:
     body = {**call.body, **_BAD[call.number % len(_BAD)]}
     answer = await _persistent(outcome, lambda: call.client().post("/api/ai/queue", json=body, headers=call.key))
     outcome.status = answer.status_code
@@ -190,7 +189,7 @@ async def _bad(call: Call, outcome: Outcome, started: float) -> None:
 
 
 #: Kinds of calls.
-KINDS: dict[str, Callable[[Call, Outcome, float], Awaitable[None]]] = {
+KINDS: dict[str, Callable[[Call, Outcome], Awaitable[None]]] = {
     "queue": _queue,
     "sync": _sync,
     "stream": _stream,

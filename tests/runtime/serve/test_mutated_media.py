@@ -307,9 +307,8 @@ def test_bombs_are_refused_and_animations_are_one_frame(tmp_path):
 
 def test_the_server_survives_them(server, client):
     originals = samples()
-    hostile = [("audio", text.encode()) for text in list(scripts(9).values())[:4]]
-    hostile += [("image", bomb(12_000, 12_000)), ("image", text_bomb()), ("audio", lying_wav())]
-    hostile += [(kind, data[: len(data) // 3]) for name, (kind, data) in originals.items() if name in ("m4a", "webp")]
+    hostile = [("audio", scripts(9)[name].encode()) for name in ("ffconcat", "hls", "sdp")]
+    hostile += [("image", text_bomb()), ("audio", originals["m4a"][1][:1000]), ("image", originals["webp"][1][:100])]
     valid = {kind: next(data for each, data in originals.values() if each == kind) for kind in ("audio", "image")}
 
     def posted(case):
