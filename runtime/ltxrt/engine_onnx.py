@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime on the CPU: the engine that every machine has."""
 
+import ctypes
 import re
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ig
 from .engine import Array, Capture, TensorSpec, check_feeds
 from .errors import EngineError
 
-__all__ = ["ORT_ERRORS", "OnnxCapture", "OnnxEngine", "check_ports", "one_line"]
+__all__ = ["ORT_ERRORS", "OnnxCapture", "OnnxEngine", "check_ports", "one_line", "return_freed_memory"]
 
 #: What the native library reports has classes of its own, without a common base; its Python side raises the other two.
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -24,6 +27,8 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 # How ONNX Runtime names the element types whose NumPy name differs.
 _DTYPES = {"float": "float32", "double": "float64"}
+# Networks are loaded side by side, and an arena is registered once a process.
+_ARENA_LOCK = threading.Lock()
 _CODE_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
@@ -139,8 +144,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.enable_mem_reuse = False
     # Off: one block a run for all its tensors, kept for the next one, is nearly twice what is alive at any moment.
     options.enable_mem_pattern = False
-    # The default order leaves until the end what only outputs need, here the decoder's caches, and keeps alive what they
-    # are cut from.
+    # The default order leaves until the end what only outputs need, here the decoder's caches, and keeps alive what
+    # they are cut from.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # All networks draw on one arena; they never run at the same time within a clip.
     _share_arena()
@@ -152,9 +157,21 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-@cache
+def return_freed_memory() -> None:
+    """Hand what loading has freed back to the system; glibc would keep it, on top of what runs take."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _share_arena() -> None:
     """Give the process the arena that sessions share; it grows by doubling, which leaves the fewest gaps."""
+    with _ARENA_LOCK:
+        _register_arena()
+
+
+@cache
+def _register_arena() -> None:
     info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
 

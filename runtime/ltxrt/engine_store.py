@@ -2,6 +2,7 @@
 """The engines of a bundle: the fastest backend that this machine offers for it, and each network loaded once."""
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from .backends import Backend, Machine, backends, compiled_presets, this_machine
 from .bundle import Bundle
 from .clip_memory import ClipSize
 from .engine import Engine
-from .engine_onnx import OnnxEngine
+from .engine_onnx import OnnxEngine, return_freed_memory
 from .errors import EngineError
 from .manifest import NETWORK_NAMES, NetworkEntry
 from .timing import TimedEngine, Timings
@@ -77,11 +78,20 @@ class EngineStore:
         entries = {name: self._bundle.network(preset, name) for name in NETWORK_NAMES}
         with self._lock:
             if self.backend.name == "onnxruntime-cpu":
-                # One network's graph is worked through on one core; the smaller ones load beside the denoiser.
-                with ThreadPoolExecutor(len(entries)) as threads:
-                    loading = {name: threads.submit(self._on_cpu, preset, name, entries[name]) for name in entries}
-                return Engines(**{name: engine.result() for name, engine in loading.items()})
+                self._load_on_cpu(preset, entries)
+                return Engines(**{name: self._loaded[entry.file] for name, entry in entries.items()})
             return Engines(**self._on_gpu(preset))
+
+    def _load_on_cpu(self, preset: str, entries: Mapping[str, NetworkEntry]) -> None:
+        missing = {entry.file: (name, entry) for name, entry in entries.items() if entry.file not in self._loaded}
+        if not missing:
+            return
+        # One network's graph is worked through on one core; the smaller ones load beside the denoiser.
+        with ThreadPoolExecutor(len(missing)) as threads:
+            loading = [threads.submit(self._on_cpu, preset, name, entry) for name, entry in missing.values()]
+        for network in loading:
+            network.result()
+        return_freed_memory()
 
     def _on_cpu(self, preset: str, name: str, entry: NetworkEntry) -> Engine:
         if entry.file not in self._loaded:
