@@ -25,6 +25,62 @@ from ltxrt_export.engines.store import EngineStore, clone_bundle
 BUCKETS = load_buckets()
 SCRIPT = Path(__file__).parent / "build_forever.py"
 
+#: Clones a bundle once undisturbed, then once for every operation on files that this took, killed before it, and once
+#: more over what that left. A process for every run, forked from this one.
+CLONED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from ltxrt.bundle import Bundle
+from ltxrt.errors import BundleError
+from ltxrt_export.engines.store import clone_bundle
+
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+
+def ended(kill_at=None):
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        count = 0
+
+        def watch(event, arguments):
+            nonlocal count
+            where = [given for given in arguments if isinstance(given, (str, Path)) and str(out.parent) in str(given)]
+            if event.startswith(("open", "os.")) and where:
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        clone_bundle(source, out)
+        os.write(writing, str(count).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        count = pipe.read()
+    return os.waitpid(process, 0)[1], count
+
+def left():
+    if not out.exists():
+        return "nothing"
+    try:
+        return Bundle.open(out, verify=True).manifest.model_dump_json()
+    except BundleError as error:
+        return "empty" if not any(out.iterdir()) else f"damaged: {error}"
+
+status, operations = ended()
+assert status == 0
+whole = left()
+for at in range(1, int(operations) + 1):
+    shutil.rmtree(out)
+    if at % 2:
+        out.mkdir()  # an empty folder may be given too
+    killed, _ = ended(at)
+    found = left()
+    again, _ = ended()
+    there = sorted(os.listdir(out.parent))
+    print(json.dumps([killed, "whole" if found == whole else found, again, left() == whole, there]))
+"""
+
 
 def build(folder: Path, tools, presets=("high",), options: BuildOptions | None = None) -> dict[str, str]:
     """Build a bundle's engines; status by network."""
@@ -275,6 +331,21 @@ def test_a_build_that_is_killed_anywhere_goes_on_and_ends(bundle, tools) -> None
     build(bundle, tools)
     check_whole(bundle, engines=6)
     assert not list(bundle.rglob("*.partial"))
+
+
+def test_a_clone_that_is_killed_anywhere_is_whole_or_not_there(bundle, tmp_path) -> None:
+    out = tmp_path / "clones" / "out"
+    out.parent.mkdir()
+    command = [sys.executable, "-c", CLONED, str(bundle), str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    runs = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(runs) > 20
+    for killed, found, again, finished, beside in runs:
+        assert killed == signal.SIGKILL
+        assert found in ("nothing", "empty", "whole")
+        assert (again, finished, beside) == (0, True, ["out"])
+    assert {found for _, found, *_ in runs} >= {"nothing", "empty"}
 
 
 def test_ctrl_c_ends_a_build_and_leaves_no_half_file(bundle) -> None:
