@@ -128,9 +128,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body={"required": True, "content": {"application/octet-stream": {}}},
     ),
     ("get", "/files/{job_id}/{token}/clip.mp4"): Operation(
-        success={**_MP4, 206: {"video/mp4": None}}, refusals=("not_finished", *_GONE), open=True
+        success={**_MP4, 206: {"video/mp4": None}}, refusals=("not_finished", "store_unavailable", *_GONE), open=True
     ),
-    ("head", "/files/{job_id}/{token}/clip.mp4"): Operation(success=_MP4, refusals=_GONE, open=True),
+    ("head", "/files/{job_id}/{token}/clip.mp4"): Operation(
+        success=_MP4, refusals=("store_unavailable", *_GONE), open=True
+    ),
     ("post", f"/fal/run/{_ENDPOINT}"): Operation(
         success=_json("FalOutput"), refusals=_WAIT, body=fal_body(), parameters=(_KEY,)
     ),
@@ -145,7 +147,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("put", f"{_QUEUED}/cancel"): Operation(success=_json("FalCancel", 202), refusals=("bad_request", *_GONE)),
     ("get", "/health"): Operation(success=_json("Status"), open=True),
-    ("get", "/ready"): Operation(success=_json("Status"), refusals=("draining", "not_ready"), open=True),
+    ("get", "/ready"): Operation(
+        success=_json("Status"), refusals=("draining", "not_ready", "store_unavailable"), open=True
+    ),
     ("get", "/metrics"): Operation(success={200: {"text/plain": None}}),
     ("get", "/version"): Operation(success=_json("Version")),
 }
@@ -174,7 +178,7 @@ def _described(path: str, made: Json, operation: Operation) -> Json:
     kept = {name: made[name] for name in ("tags", "summary", "description", "operationId") if name in made}
     parameters = [*made.get("parameters", []), *operation.parameters]
     responses = {str(status): _answer("Done", content) for status, content in operation.success.items()}
-    refusals = operation.refusals if operation.open else (*operation.refusals, "unauthenticated")
+    refusals = operation.refusals if operation.open else (*operation.refusals, "unauthenticated", "store_unavailable")
     for kind in sorted(refusals, key=lambda kind: PROBLEMS[kind][0]):
         status, title = PROBLEMS[kind]
         refusal = responses.setdefault(str(status), _refusal(path, status))
