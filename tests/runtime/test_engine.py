@@ -4,8 +4,9 @@
 import numpy as np
 import pytest
 
-from ltxrt.engine import TensorSpec, check_feeds
+from ltxrt.engine import TensorSpec, check_feeds, concrete_shape, iterate, run_resident, symbol_sizes
 from ltxrt.errors import EngineError
+from ltxrt.testing import FakeEngine
 
 SPECS = (
     TensorSpec("latent", "float32", (1, "Nv", 4)),
@@ -91,3 +92,59 @@ def test_names_come_before_dtypes_and_dtypes_before_shapes():
     assert refusal(**wrong, row=None) == "denoiser: the feed lacks row"
     assert refusal(**wrong) == "denoiser: latent is float16, expected float32"
     assert refusal(mask=wrong["mask"]).startswith("denoiser: mask has shape (9, 9)")
+
+
+# --- symbols ---
+
+IMAGE = (TensorSpec("image", "float32", (1, 3, 1, "32*h", "32*w")), TensorSpec("grid", "float32", ("h", "w")))
+
+
+def test_symbols_are_told_from_shapes_and_give_shapes():
+    sizes = symbol_sizes("image_encoder", IMAGE, {"image": (1, 3, 1, 64, 96), "grid": (2, 3)})
+    assert sizes == {"h": 2, "w": 3}
+    assert [concrete_shape(spec.shape, sizes) for spec in IMAGE] == [(1, 3, 1, 64, 96), (2, 3)]
+
+
+@pytest.mark.parametrize("shapes", [{"image": (1, 3, 1, 65, 96)}, {"image": (1, 3, 1, 64, 96), "grid": (2, 4)}])
+def test_shapes_that_do_not_go_together(shapes):
+    specs = [spec for spec in IMAGE if spec.name in shapes]
+    with pytest.raises(EngineError, match=r"^image_encoder: (image|grid) has shape .*, expected"):
+        symbol_sizes("image_encoder", specs, shapes)
+
+
+def test_what_is_no_symbol():
+    with pytest.raises(EngineError, match="'h-1' is neither a symbol nor size"):
+        concrete_shape(("h-1",), {})
+
+
+# --- on an engine that computes in host memory ---
+
+
+def doubling():
+    return FakeEngine("toy", (TensorSpec("x", "float32", ("n",)),), (TensorSpec("y", "float32", ("n",)),), value=7)
+
+
+def test_run_resident_is_a_run():
+    engine = doubling()
+    np.testing.assert_array_equal(run_resident(engine, {"x": np.zeros(3, np.float32)})["y"], 7)
+    assert len(engine.calls) == 1
+
+
+def test_iterate_is_a_replay_for_each_step_when_it_is_asked_for():
+    engine = doubling()
+    steps = iterate(
+        engine.capture({"x": np.zeros(3, np.float32)}), [{"x": np.full(3, i, np.float32)} for i in (1, 2)], {}
+    )
+    assert engine.calls == []
+    next(steps)
+    assert [call["x"][0] for call in engine.calls] == [1]
+    next(steps)
+    assert [call["x"][0] for call in engine.calls] == [1, 2]
+    assert next(steps, None) is None
+
+
+def test_what_is_carried_is_the_next_input():
+    engine = doubling()
+    found = [step["y"][0] for step in iterate(engine.capture({"x": np.zeros(3, np.float32)}), [{}, {}], {"y": "x"})]
+    assert found == [7, 7]
+    assert [call["x"][0] for call in engine.calls] == [0, 7]

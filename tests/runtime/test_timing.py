@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ltxrt import timing
-from ltxrt.engine import TensorSpec
+from ltxrt.engine import TensorSpec, iterate, run_resident
 from ltxrt.errors import EngineError
 from ltxrt.timing import TimedEngine, Timings
 
@@ -118,4 +118,46 @@ def test_a_failed_call_counts_and_fails(clock):
     timings = Timings()
     with pytest.raises(EngineError, match="broken"):
         TimedEngine(SlowEngine(clock, broken=True), timings).run({})
+    assert timings.backend == {"denoiser": 2}
+
+
+class Looping:
+    """A capture on a device: each step takes 4 s."""
+
+    def __init__(self, clock):
+        self.clock, self.inputs, self.outputs = clock, {}, {}
+
+    def replay(self):
+        raise AssertionError("a loop is not replayed step by step")
+
+    def iterate(self, steps, carried):
+        for step in steps:
+            self.clock.now += 4
+            yield step
+
+
+class Resident(SlowEngine):
+    def capture(self, feeds):
+        return Looping(self.clock)
+
+    def run_resident(self, feeds):
+        self.clock.now += 6
+        return {"y": "stays"}
+
+
+def test_what_stays_on_a_device_counts_as_well(clock):
+    timings = Timings()
+    timed = TimedEngine(Resident(clock), timings)
+    assert run_resident(timed, {}) == {"y": "stays"}
+    assert timings.backend == {"denoiser": 6}
+    for step in iterate(timed.capture({}), [{"x": 1}, {"x": 2}], {}):
+        clock.now += 100  # the caller's own time
+        assert step in ({"x": 1}, {"x": 2})
+    assert timings.backend == {"denoiser": 14}
+
+
+def test_a_plain_engine_behind_the_same_calls_counts_once(clock):
+    timings = Timings()
+    timed = TimedEngine(SlowEngine(clock), timings)
+    run_resident(timed, {"x": np.zeros(1, np.float32)})
     assert timings.backend == {"denoiser": 2}
