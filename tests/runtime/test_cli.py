@@ -36,7 +36,7 @@ def slow_replay(self):
     replay(self)
 testing.FakeCapture.replay = slow_replay
 
-def fake_open(cls, bundle=None, *, threads=0):
+def fake_open(cls, bundle=None, **options):
     if "LTXRT_TEST_BUG" in os.environ:
         raise KeyError(os.environ["LTXRT_TEST_BUG"])
     return testing.fake_pipeline()
@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def fake(monkeypatch):
     """Every bundle opens as fake engines."""
-    monkeypatch.setattr(Pipeline, "open", classmethod(lambda cls, bundle=None, *, threads=0: fake_pipeline()))
+    monkeypatch.setattr(Pipeline, "open", classmethod(lambda cls, bundle=None, **options: fake_pipeline()))
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_flags_of_generate_are_the_contract():
     assert set(flags) == {
         "--audio", "--prompt", "--image", "--match-audio-length/--no-match-audio-length", "--num-frames",
         "--resolution", "--frames-per-second", "--image-strength", "--generate-audio/--no-generate-audio",
-        "--video-quality", "--negative-prompt", "--seed", "--bundle", "--output", "--overwrite", "--threads", "--json",
+        "--video-quality", "--negative-prompt", "--seed", "--bundle", "--output", "--overwrite", "--threads", "--prompt-cache", "--json",
     }  # fmt: skip
     for name in set(fields) - {"prompt", "input_audio", "input_image"}:
         flag = "--" + name.replace("_", "-")
