@@ -179,7 +179,8 @@ def test_flags_of_generate_are_the_contract():
     assert set(flags) == {
         "--audio", "--prompt", "--image", "--match-audio-length/--no-match-audio-length", "--num-frames",
         "--resolution", "--frames-per-second", "--image-strength", "--generate-audio/--no-generate-audio",
-        "--video-quality", "--negative-prompt", "--seed", "--bundle", "--output", "--overwrite", "--threads", "--prompt-cache", "--json",
+        "--video-quality", "--negative-prompt", "--seed", "--bundle", "--output", "--overwrite", "--threads",
+        "--prompt-cache", "--json",
     }  # fmt: skip
     for name in set(fields) - {"prompt", "input_audio", "input_image"}:
         flag = "--" + name.replace("_", "-")
