@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 
-__all__ = ["KEY", "Host", "Usage", "free_port", "hosting", "usage"]
+__all__ = ["KEY", "Host", "Usage", "born", "family", "free_port", "hosting", "usage"]
 
 KEY = "benchmark"
 _START_SECONDS = 120
@@ -113,10 +113,16 @@ def free_port() -> int:
 
 def lives(process_id: int) -> bool:
     """Whether there is such a process, and more of it than its exit code."""
+    return born(process_id) is not None
+
+
+def born(process_id: int) -> int | None:
+    """When a living process was started; its number alone says little, since numbers come round again."""
     try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
 
 def family(process_id: int) -> list[int]:

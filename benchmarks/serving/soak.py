@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 
 from .calls import Call, Outcome, made
-from .host import KEY, Host, Usage, family, free_port, hosting, lives, usage
+from .host import KEY, Host, Usage, born, family, free_port, hosting, usage
 from .worlds import FACTORY
 
 __all__ = ["soak"]
@@ -44,7 +44,7 @@ class Soak:
         self.outcomes: list[Outcome] = []
         self.samples: list[dict[str, Any]] = []
         self.kills = 0
-        self.seen: set[int] = set()
+        self.seen: set[tuple[int, int]] = set()
 
     def run(self) -> dict[str, Any]:
         """Do it all; what was found."""
@@ -55,9 +55,9 @@ class Soak:
             with self._host.client() as client:
                 self._until_idle(client)
             end = usage(self._host.process.pid)
-            self.seen |= set(family(self._host.process.pid))
+            self._note()
             verdict = self._verdict()
-        left = [pid for pid in self.seen if lives(pid)]
+        left = [pid for pid, started in self.seen if born(pid) == started]
         return {
             "calls": dict(Counter(outcome.kind for outcome in self.outcomes)),
             "killed_workers": self.kills,
@@ -109,9 +109,13 @@ class Soak:
         finally:
             turns.release()
 
+    def _note(self) -> None:
+        """Remember the server's processes, to ask in the end whether one of them still lives."""
+        self.seen |= {(pid, started) for pid in family(self._host.process.pid) if (started := born(pid)) is not None}
+
     def _kill_worker(self) -> None:
         workers = self._host.workers
-        self.seen |= set(workers)
+        self._note()
         if workers:
             with suppress(ProcessLookupError):
                 os.kill(workers[self.kills % len(workers)], signal.SIGKILL)
@@ -119,7 +123,7 @@ class Soak:
 
     async def _restart(self) -> None:
         """Kill the server as the kernel would, and start it on the same folder and port."""
-        self.seen |= set(family(self._host.process.pid))
+        self._note()
         self._host.process.kill()
         self._host.process.wait()
         await asyncio.to_thread(self._start)
@@ -131,7 +135,7 @@ class Soak:
             await asyncio.sleep(0.5)
             taken = usage(self._host.process.pid)
             if taken.processes:
-                self.seen |= set(family(self._host.process.pid))
+                self._note()
                 done = len(self.outcomes)
                 self.samples.append({"seconds": round(time.monotonic() - started, 1), "calls": done, **asdict(taken)})
 
