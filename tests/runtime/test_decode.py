@@ -99,14 +99,15 @@ def test_chunk_lengths(latents, first, rest):
     lengths = chunk_lengths(latents, first, rest)
     assert sum(lengths) == latents
     assert lengths[0] == min(first, latents)
-    assert all(length == rest for length in lengths[1:-1])
+    assert all(length == rest for length in lengths[1:-2])
     assert all(1 <= length <= rest for length in lengths[1:])
+    assert len(lengths) == 1 or lengths[-1] == 1
 
 
 def test_examples_of_chunk_lengths():
     assert chunk_lengths(16, 15, 8) == [15, 1]
-    assert chunk_lengths(61, 15, 8) == [15, 8, 8, 8, 8, 8, 6]
-    assert chunk_lengths(31, 15, 8) == [15, 8, 8]
+    assert chunk_lengths(61, 15, 8) == [15, 8, 8, 8, 8, 8, 5, 1]
+    assert chunk_lengths(32, 15, 8) == [15, 8, 8, 1]
     assert chunk_lengths(2, 15, 8) == [2]
 
 
@@ -162,7 +163,8 @@ def test_the_ends_are_flagged():
 
 def test_a_first_chunk_that_gives_no_frame_yet_is_not_handed_out():
     chunks = list(decoder(8, first=2).chunks(latent_of(4), 25, RATE))
-    assert [chunk.first_index for chunk in chunks] == [0]
+    assert chunk_lengths(4, 2, 8) == [2, 1, 1]
+    assert [chunk.first_index for chunk in chunks] == [0, 8]
 
 
 def test_chunks_nobody_needs_are_not_decoded():

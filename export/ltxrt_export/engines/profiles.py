@@ -216,10 +216,11 @@ def _upsampler(_manifest: Manifest, _users: Iterable[Preset]) -> _View:
 
 
 def _video_decoder(manifest: Manifest, users: Iterable[Preset]) -> _View:
-    """The first chunk (which may be the only one) and those after it, told apart by tensors of length 0.
+    """The first chunk (which may be the only one), those after it and the last, told apart by tensors of length 0.
 
-    Both have profiles of their own, and so has every canvas: with that the largest sizes of a profile are those of a
-    call. A chunk that is first, last and has a cache would give twice the frames of any that there is.
+    Each has a profile of its own, and so has every canvas: with that the largest sizes of a profile are those of a
+    call. A chunk that is first, last and has a cache would give twice the frames of any that there is. The last one is a
+    single latent frame long (``chunk_lengths`` of the runtime), and gives all frames that were held back.
     """
     first = manifest.model.stream.first_chunk_latents
     chunks = sorted({preset.decode_chunk_latents for preset in users}, reverse=True)
@@ -236,10 +237,12 @@ def _video_decoder(manifest: Manifest, users: Iterable[Preset]) -> _View:
 
     def following(clip: Clip) -> list[Sizes]:
         grid = clip.canvas.to_latent()
-        middle = [size(grid, chunk, (0, 0), CACHED_FRAMES) for chunk in chunks]
-        return [*middle, *(size(grid, latents, (0, 1), CACHED_FRAMES) for latents in range(1, chunks[0] + 1))]
+        return [size(grid, latents, (0, 0), CACHED_FRAMES) for latents in (*chunks, *range(1, chunks[0]))]
 
-    return _View({"_first": opening, "_next": following}, by_canvas=True)
+    def closing(clip: Clip) -> list[Sizes]:
+        return [size(clip.canvas.to_latent(), 1, (0, 1), CACHED_FRAMES)]
+
+    return _View({"_first": opening, "_next": following, "_last": closing}, by_canvas=True)
 
 
 _VIEWS: dict[str, Callable[[Manifest, Iterable[Preset]], _View]] = {

@@ -133,10 +133,12 @@ def test_empty_tensors_have_a_range_from_zero(fake, tools, make_job) -> None:
     job = make_job("video_decoder")
     run(job, tools)
     (settings,) = fake.named("Builder.build")
-    opening, following = settings[0]["profiles"][0], settings[0]["profiles"][-1]
+    profiles = settings[0]["profiles"]
+    opening, following, closing = profiles[0], profiles[len(profiles) // 2], profiles[-1]
     assert opening.shapes["first"] == ((1,), (1,), (1,))
-    assert following.shapes["first"] == ((0,), (0,), (0,))
-    assert following.shapes["last"] == ((0,), (0,), (1,))
+    assert following.shapes["first"] == closing.shapes["first"] == ((0,), (0,), (0,))
+    assert opening.shapes["last"] == ((0,), (0,), (1,))
+    assert (following.shapes["last"], closing.shapes["last"]) == (((0,),) * 3, ((1,),) * 3)
     assert [shape[2] for shape in opening.shapes["state_00"]] == [0, 0, 0]
     assert [shape[2] for shape in following.shapes["state_00"]] == [2, 2, 2]
 

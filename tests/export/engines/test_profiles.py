@@ -116,7 +116,7 @@ def test_corners_are_calls_that_a_clip_makes() -> None:
 
 def test_the_largest_sizes_of_a_decoder_profile_are_those_of_a_call() -> None:
     names = [profile.entry.name for profile in PROFILES["video_decoder"]]
-    assert names == [f"short_{part}_{size}" for part in ("first", "next") for size in CANVASES]
+    assert names == [f"short_{part}_{size}" for part in ("first", "next", "last") for size in CANVASES]
     for profile in PROFILES["video_decoder"]:
         assert {symbol: sizes[2] for symbol, sizes in profile.entry.sizes.items()} in profile.corners
 
