@@ -7,7 +7,7 @@ estimate (``memory_model.toml``) where they have not. Nothing of this touches a 
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -22,9 +22,18 @@ from .manifest import EngineEntry, NetworkEntry, TensorEntry
 from .media import CONDITIONING_RATE
 from .memory_plan import ArenaPlan, MemoryRequest, plan_arena
 from .preset import load_preset
-from .shapes import TEMPORAL_COMPRESSION, PixelShape, audio_token_count, samples_for_frames
+from .shapes import TEMPORAL_COMPRESSION, PixelShape, audio_token_count, chunk_lengths, samples_for_frames
 
-__all__ = ["PHASES", "ClipMemory", "ClipSize", "Fits", "clip_memory", "largest_that_fits", "process_bytes"]
+__all__ = [
+    "PHASES",
+    "ClipMemory",
+    "ClipSize",
+    "Working",
+    "clip_calls",
+    "clip_memory",
+    "largest_that_fits",
+    "process_bytes",
+]
 
 #: Steps of a clip, in order, and the network of each.
 PHASES = {
@@ -63,6 +72,10 @@ class ClipSize:
         return f"{self.canvas.width}x{self.canvas.height}, {self.canvas.frames} frames"
 
 
+#: Working memory of a loaded engine for some calls, each the size of every symbol.
+Working = Callable[[Sequence[Mapping[str, int]]], int]
+
+
 @dataclass(frozen=True, slots=True)
 class ClipMemory:
     """The plan of a clip.
@@ -95,6 +108,7 @@ def clip_memory(
     size: ClipSize,
     engines: Mapping[str, EngineEntry] | None = None,
     *,
+    working: Mapping[str, Working] | None = None,
     release_text: bool = False,
 ) -> ClipMemory:
     """Plan a clip.
@@ -105,15 +119,17 @@ def clip_memory(
         size: Of the clip.
         engines: Compiled engines by network name (``denoiser``); without one the weight files count, which several
             networks share.
+        working: What loaded engines say that they need, by network name.
         release_text: Whether the text encoder's weights are given back after the prompt.
 
     Raises:
         RequestError: The bundle lacks the preset.
+        EngineError: A loaded engine does not serve the clip.
     """
     compiled = engines or {}
     networks = {name: bundle.network(preset, name) for name in dict.fromkeys(PHASES.values())}
     requests = list(_weights(bundle, networks, compiled, release_text=release_text))
-    working: dict[str, int] = {}
+    needed: dict[str, int] = {}
     measured = True
     for step, (phase, name) in enumerate(PHASES.items()):
         network = networks[name]
@@ -123,12 +139,17 @@ def clip_memory(
         requests.append(MemoryRequest(f"{phase} inputs", _bytes(network.inputs, sizes), first, last))
         kept_until = _ORDER.index(_LAST_READER[phase])
         requests.append(MemoryRequest(f"{phase} outputs", _bytes(network.outputs, sizes), step, kept_until))
-        reported = _measured_bytes(compiled.get(name), sizes)
+        told = (working or {}).get(name)
+        reported = (
+            _reported_bytes(compiled.get(name), sizes)
+            if told is None
+            else told(clip_calls(bundle, preset, size, phase))
+        )
         measured = measured and reported is not None
-        working[phase] = _estimated_bytes(bundle, network, sizes) if reported is None else reported
+        needed[phase] = _estimated_bytes(bundle, network, sizes) if reported is None else reported
     # One block for all engines, which does not shrink: see ``memory.Scratch``.
-    requests.append(MemoryRequest("working memory of all engines", max(working.values()), 0, _END))
-    return ClipMemory(size, plan_arena(requests), working, measured, process_bytes())
+    requests.append(MemoryRequest("working memory of all engines", max(needed.values()), 0, _END))
+    return ClipMemory(size, plan_arena(requests), needed, measured, process_bytes())
 
 
 def process_bytes() -> int:
@@ -147,28 +168,6 @@ def largest_that_fits(size: ClipSize, fits: Callable[[ClipSize], bool]) -> ClipS
     return None
 
 
-class Fits:
-    """Whether a clip's plan stays within so many bytes."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        preset: str,
-        free_bytes: int,
-        engines: Mapping[str, EngineEntry] | None = None,
-        *,
-        release_text: bool = False,
-    ) -> None:
-        self._arguments = bundle, preset
-        self._free = free_bytes
-        self._engines = engines
-        self._release = release_text
-
-    def __call__(self, size: ClipSize) -> bool:
-        memory = clip_memory(*self._arguments, size, self._engines, release_text=self._release)
-        return memory.needed_bytes <= self._free
-
-
 def _weights(
     bundle: Bundle,
     networks: Mapping[str, NetworkEntry],
@@ -185,6 +184,28 @@ def _weights(
     )
     for file in shared:
         yield MemoryRequest(f"{file} (weights)", files[file].bytes, 0, _END)
+
+
+def clip_calls(bundle: Bundle, preset: str, size: ClipSize, phase: str) -> list[dict[str, int]]:
+    """What the network of a phase is called with: the size of every symbol, for each kind of call.
+
+    The prompt counts as its longest; its real length is not known before it is read.
+    """
+    sizes = _sizes(bundle, preset, size, phase)
+    if phase == "image":
+        half = _sizes(bundle, preset, size, "upsample")
+        return [sizes, {**sizes, "h": half["h"], "w": half["w"]}]
+    if phase != "decode":
+        return [sizes]
+    lengths = chunk_lengths(
+        sizes["f"], bundle.manifest.model.stream.first_chunk_latents, load_preset(preset).decode_chunk_latents
+    )
+    last = len(lengths) - 1
+    calls = [
+        {**sizes, "n": n, "p": int(index == 0), "q": int(index == last), "c": _CACHED_FRAMES if index else 0}
+        for index, n in enumerate(lengths)
+    ]
+    return list({tuple(call.values()): call for call in calls}.values())
 
 
 def _sizes(bundle: Bundle, preset: str, size: ClipSize, phase: str) -> dict[str, int]:
@@ -229,7 +250,7 @@ def _known(port: TensorEntry, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def _measured_bytes(entry: EngineEntry | None, sizes: Mapping[str, int]) -> int | None:
+def _reported_bytes(entry: EngineEntry | None, sizes: Mapping[str, int]) -> int | None:
     """Working memory of the profile that serves these sizes, as TensorRT reported it when the engine was built."""
     if entry is None or "scratch_bytes" not in entry.built_with:
         return None

@@ -20,8 +20,9 @@ from .engine import Engine, Tensor, run_resident
 from .errors import EngineError
 from .manifest import StreamEntry
 from .memory import DeviceTensor, HostCopy
+from .shapes import chunk_lengths
 
-__all__ = ["FrameChunk", "VideoDecoder", "chunk_lengths"]
+__all__ = ["FrameChunk", "VideoDecoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +43,6 @@ class FrameChunk:
     def pts_seconds(self) -> Fraction:
         """Presentation time of the first frame."""
         return self.first_index / self.rate
-
-
-def chunk_lengths(latents: int, first: int, rest: int) -> list[int]:
-    """Latent frames of each chunk: ``first`` (or all there is), then ``rest`` each, what remains, and one.
-
-    The last chunk gives all frames that were held back besides its own. As short as it is, it gives hardly more than
-    the only chunk of a clip of ``first`` latent frames: 116 and 113 with the published decoder.
-    """
-    if latents <= first:
-        return [latents]
-    full, remainder = divmod(latents - first - 1, rest)
-    return [first, *[rest] * full, *([remainder] if remainder else []), 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,10 @@ class Network(Protocol):
         """Fix buffers of these shapes and make them ready to be replayed; ``inputs`` are what it is tried with."""
         ...
 
+    def working_bytes(self, calls: Sequence[Mapping[str, int]]) -> int | None:
+        """Working memory that runs at these sizes of every symbol take at most; None where it cannot be told."""
+        ...
+
     def close(self) -> None:
         """Give back weights and contexts."""
         ...
@@ -137,6 +141,11 @@ class DeviceEngine:
             for name, value in feeds.items():
                 self._device.write(bound.inputs[name], value)
         return DeviceCapture(self.name, bound, self._device, lambda: self._captures.give_back(key, bound))
+
+    def working_bytes(self, calls: Sequence[Mapping[str, int]]) -> int | None:
+        """See ``Network.working_bytes``."""
+        with self._lock:
+            return self._network.working_bytes(calls)
 
     def close(self) -> None:
         """Give back what the network holds. The engine must not be used again."""

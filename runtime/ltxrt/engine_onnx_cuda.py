@@ -9,7 +9,7 @@ The CPU distribution imports this file and refuses to make an engine. It has nev
 memory on the CPU provider, through the same calls.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -149,6 +149,10 @@ class OnnxCudaNetwork:
             self._session.run_with_iobinding(binding, options)
         except ORT_ERRORS as error:
             raise EngineError(f"{self.name}: {one_line(error)}") from error
+
+    def working_bytes(self, calls: Sequence[Mapping[str, int]]) -> int | None:
+        """See ``engine_device.Network.working_bytes``: ONNX Runtime does not tell."""
+        return None
 
     def close(self) -> None:
         """See ``engine_device.Network.close``."""

@@ -91,10 +91,14 @@ class TensorRtNetwork:
         graph = capture_graph(self._device, lambda stream: self._execute(context, stream), self.name)
         return _BoundPlan(own, outputs, graph, self._device, context)
 
-    def scratch_bytes(self, sizes: Mapping[str, int]) -> int:
-        """Working memory that a run at these sizes takes at most, as the plan itself tells it."""
-        number = profile_for(self.name, self._key, sizes)
-        return int(self._plan.engine.get_device_memory_size_for_profile_v2(number))
+    def working_bytes(self, calls: Sequence[Mapping[str, int]]) -> int | None:
+        """See ``engine_device.Network.working_bytes``: as the plan itself tells it.
+
+        Raises:
+            EngineError: No profile serves one of the calls.
+        """
+        profiles = {profile_for(self.name, self._key, sizes) for sizes in calls}
+        return max(int(self._plan.engine.get_device_memory_size_for_profile_v2(number)) for number in profiles)
 
     def close(self) -> None:
         """See ``engine_device.Network.close``. Waits for work that is under way: TensorRT frees memory at once."""

@@ -15,7 +15,16 @@ from typing import Literal
 
 from .backends import Machine
 from .bundle import Bundle
-from .clip_memory import ClipMemory, ClipSize, Fits, clip_memory, largest_that_fits, process_bytes
+from .clip_memory import (
+    PHASES,
+    ClipMemory,
+    ClipSize,
+    Working,
+    clip_calls,
+    clip_memory,
+    largest_that_fits,
+    process_bytes,
+)
 from .device_layout import open_layout
 from .engine import Array, Capture, Engine, Tensor, TensorSpec, check_feeds
 from .engine_device import Bound, DeviceEngine
@@ -26,7 +35,7 @@ from .graph import IdlePool
 from .manifest import NETWORK_NAMES, EngineEntry, NetworkEntry
 from .stream import Device, open_device
 from .tensorrt_library import load_library
-from .tensorrt_plans import fitting_engine, unfit
+from .tensorrt_plans import fitting_engine, profile_for, unfit
 
 __all__ = ["CAPTURES", "GpuStore", "Residency", "SwappedEngine", "residency_for"]
 
@@ -82,22 +91,37 @@ class GpuStore:
         return {name: self._loaded[keys[name]] for name in NETWORK_NAMES}
 
     def check(self, preset: str, size: ClipSize) -> None:
-        """Refuse a clip that the GPU's memory cannot hold beside the weights. Only compiled engines say what they take.
+        """Refuse a clip that no profile of an engine serves, or that the GPU's memory cannot hold beside the weights.
+
+        Only compiled engines say what they take.
 
         Raises:
-            EngineError: With what is needed, what is free, and the largest size that would fit.
+            EngineError: With the limits; or with what is needed, what is free, and the largest size that would fit.
         """
         if not self._compiled:
             return
         entries = self._entries(preset)
+        for phase, name in PHASES.items():
+            for sizes in clip_calls(self._bundle, preset, size, phase):
+                profile_for(name, entries[name].key, sizes)
         # What is held already is part of what the clip takes: weights, buffers, working memory, CUDA itself.
         held = sum(self._plan_bytes(entries[name]) for name in self._held(preset)) + self.device.held_bytes()
         available = self.device.free_bytes() + held + process_bytes()
-        self.residency = residency_for(self._bundle, preset, size, available, entries)
+        self.residency = residency_for((self._bundle, preset), size, available, entries, self._working(preset))
         if self.residency == "release_text":
             for engine in self._loaded.values():
                 if isinstance(engine, SwappedEngine):
                     engine.release()
+
+    def _working(self, preset: str) -> dict[str, Working]:
+        """What those engines say that are loaded."""
+        networks = self._bundle.manifest.presets[preset]
+        loaded = {name: self._loaded.get(networks[name]) for name in NETWORK_NAMES}
+        return {
+            name: lambda calls, engine=engine: engine.working_bytes(calls) or 0
+            for name, engine in loaded.items()
+            if isinstance(engine, DeviceEngine)
+        }
 
     def _held(self, preset: str) -> list[str]:
         """Networks of a preset whose weights are on the GPU."""
@@ -224,31 +248,41 @@ class SwappedEngine:
 
 
 def residency_for(
-    bundle: Bundle, preset: str, size: ClipSize, available_bytes: int, engines: Mapping[str, EngineEntry]
+    of: tuple[Bundle, str],
+    size: ClipSize,
+    available_bytes: int,
+    engines: Mapping[str, EngineEntry],
+    working: Mapping[str, Working] | None = None,
 ) -> Residency:
     """What has to be given back for a clip to fit.
 
     Args:
-        bundle: Where the networks are.
-        preset: Whose networks.
+        of: The bundle, and the preset.
         size: Of the clip.
         available_bytes: Free memory, and what this program holds for clips of the preset.
         engines: Compiled engines by network name.
+        working: What loaded engines say that they need.
 
     Raises:
         EngineError: It does not fit even so; the message has the largest size that would.
     """
-    memory: ClipMemory | None = None
-    for residency, release in (("resident", False), ("release_text", True)):
-        memory = clip_memory(bundle, preset, size, engines, release_text=release)
-        if memory.needed_bytes <= available_bytes:
-            return residency  # type: ignore[return-value]
-    assert memory is not None  # two were tried
-    smaller = largest_that_fits(size, Fits(bundle, preset, available_bytes, engines, release_text=True))
+
+    def planned(clip: ClipSize, *, release: bool) -> ClipMemory:
+        return clip_memory(*of, clip, engines, working=working, release_text=release)
+
+    def fits(clip: ClipSize) -> bool:
+        return planned(clip, release=True).needed_bytes <= available_bytes
+
+    if planned(size, release=False).needed_bytes <= available_bytes:
+        return "resident"
+    memory = planned(size, release=True)
+    if memory.needed_bytes <= available_bytes:
+        return "release_text"
+    smaller = largest_that_fits(size, fits)
     hint = "no size of this length fits" if smaller is None else f"the largest that would fit is {smaller}"
     kind = "measured" if memory.measured else "estimated"
     raise EngineError(
-        f"{size} at {preset} takes {_gib(memory.needed_bytes)} of GPU memory ({kind}), {_gib(available_bytes)} can be "
+        f"{size} at {of[1]} takes {_gib(memory.needed_bytes)} of GPU memory ({kind}), {_gib(available_bytes)} can be "
         f"had: {hint}"
     )
 

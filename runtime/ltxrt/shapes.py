@@ -17,6 +17,7 @@ __all__ = [
     "LatentShape",
     "PixelShape",
     "audio_token_count",
+    "chunk_lengths",
     "covering_frames",
     "frame_rate",
     "frames_covering_audio",
@@ -119,3 +120,15 @@ def audio_token_count(frames: int, rate: Fraction) -> int:
     (ltx_core/types.py, AudioLatentShape.from_duration), so that both agree at ties.
     """
     return round(frames / float(rate) * AUDIO_LATENTS_PER_SECOND)
+
+
+def chunk_lengths(latents: int, first: int, rest: int) -> list[int]:
+    """Latent frames of each chunk: ``first`` (or all there is), then ``rest`` each, what remains, and one.
+
+    The last chunk gives all frames that were held back besides its own. As short as it is, it gives hardly more than
+    the only chunk of a clip of ``first`` latent frames: 116 and 113 with the published decoder.
+    """
+    if latents <= first:
+        return [latents]
+    full, remainder = divmod(latents - first - 1, rest)
+    return [first, *[rest] * full, *([remainder] if remainder else []), 1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ltxrt import cli
 from ltxrt.bundle import Bundle
-from ltxrt.clip_memory import PHASES, ClipSize, Fits, clip_memory, largest_that_fits
+from ltxrt.clip_memory import PHASES, ClipSize, clip_calls, clip_memory, largest_that_fits
 from ltxrt.errors import EngineError, RequestError
 from ltxrt.gpu_store import residency_for
 from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, EngineProfile, FileEntry
@@ -109,6 +109,32 @@ def test_an_engine_s_own_figure_counts(bundle):
     assert long.working["denoise_2"] == 700 * MIB
 
 
+def test_a_loaded_engine_s_figure_counts_first(bundle):
+    made, entries = engines(bundle, MIB, scratch=f"{5 * MIB},{700 * MIB}")
+    asked = []
+
+    def told(calls):
+        asked.append(list(calls))
+        return 9 * MIB
+
+    memory = clip_memory(made, "high", clip(), entries, working={"video_decoder": told})
+    assert memory.working["decode"] == 9 * MIB
+    assert memory.working["denoise_2"] == 5 * MIB
+    (calls,) = asked
+    # Sixteen latent frames: the first chunk has no cache, the others have one, the last one ends the clip.
+    assert {(call["p"], call["q"], call["c"]) for call in calls} == {(1, 0, 0), (0, 0, 2), (0, 1, 2)}
+    assert max(call["n"] for call in calls) == 8
+
+
+def test_calls_are_those_that_a_clip_makes(bundle):
+    half, full = (clip_calls(bundle, "high", clip(), phase)[0] for phase in ("denoise_1", "denoise_2"))
+    assert (half["Nv"], full["Nv"]) == (16 * 2 * 4, 16 * 4 * 8)
+    assert half["Na"] == full["Na"]
+    assert [(call["h"], call["w"]) for call in clip_calls(bundle, "high", clip(), "image")] == [(4, 8), (2, 4)]
+    (only,) = clip_calls(bundle, "high", clip(frames=33), "decode")
+    assert (only["n"], only["p"], only["q"], only["c"]) == (5, 1, 1, 0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 20), st.integers(2, 20), st.integers(1, 40), st.sampled_from(["width", "height", "frames"]))
 def test_more_never_takes_less(width, height, latents, side):
@@ -122,7 +148,11 @@ def test_more_never_takes_less(width, height, latents, side):
 
 
 def test_the_largest_that_fits_is_the_largest(bundle):
-    fits = Fits(bundle, "high", clip_memory(bundle, "high", clip(704, 384)).needed_bytes)
+    limit = clip_memory(bundle, "high", clip(704, 384)).needed_bytes
+
+    def fits(size):
+        return clip_memory(bundle, "high", size).needed_bytes <= limit
+
     found = largest_that_fits(clip(1280, 704), fits)
     assert found is not None
     assert fits(found)
@@ -130,7 +160,7 @@ def test_the_largest_that_fits_is_the_largest(bundle):
     assert not fits(clip(round(1280 * (height + 64) / 704 / 64) * 64, height + 64))
     assert abs(width / height - 1280 / 704) < 0.2
     assert found.canvas.frames == 121
-    assert largest_that_fits(clip(1280, 704), Fits(bundle, "high", 1)) is None
+    assert largest_that_fits(clip(1280, 704), lambda size: False) is None
 
 
 # --- residency ---
@@ -145,23 +175,23 @@ def test_everything_stays_while_it_fits(bundle):
     size = clip(1280, 704)
     kept, released = (needed(made, entries, size, release=release) for release in (False, True))
     assert released < kept
-    assert residency_for(made, "high", size, kept, entries) == "resident"
-    assert residency_for(made, "high", size, kept - 1, entries) == "release_text"
-    assert residency_for(made, "high", size, released, entries) == "release_text"
+    assert residency_for((made, "high"), size, kept, entries) == "resident"
+    assert residency_for((made, "high"), size, kept - 1, entries) == "release_text"
+    assert residency_for((made, "high"), size, released, entries) == "release_text"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(bundle):
     made, entries = engines(bundle, 100 * MIB)
     available = needed(made, entries, clip(704, 384), release=True)
     with pytest.raises(EngineError) as caught:
-        residency_for(made, "high", clip(1280, 704), available, entries)
+        residency_for((made, "high"), clip(1280, 704), available, entries)
     text = str(caught.value)
     assert text.startswith("1280x704, 121 frames at high takes ")
     assert "(estimated)" in text
     assert "can be had: the largest that would fit is " in text
     assert text.endswith(", 121 frames")
     with pytest.raises(EngineError, match="no size of this length fits"):
-        residency_for(made, "high", clip(1280, 704), 5, entries)
+        residency_for((made, "high"), clip(1280, 704), 5, entries)
 
 
 # --- ltxrt inspect --memory ---

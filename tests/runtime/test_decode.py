@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltxrt.decode import FrameChunk, VideoDecoder, chunk_lengths
+from ltxrt.decode import FrameChunk, VideoDecoder
 from ltxrt.errors import EngineError
 from ltxrt.manifest import StateEntry, StreamEntry
+from ltxrt.shapes import chunk_lengths
 
 RATE = Fraction(30000, 1001)
 CHANNELS, HEIGHT, WIDTH = 2, 3, 4

@@ -581,10 +581,28 @@ def test_a_clip_that_does_not_fit_is_refused_before_anything_is_loaded(stored, t
     assert (trt.most_loading, cuda.used) == (0, 0)
 
 
+def test_a_clip_outside_of_every_profile_is_refused_before_anything_is_loaded(bundle, trt, monkeypatch):
+    manifest = bundle.manifest
+    key = manifest.presets["high"]["video_decoder"]
+    entry = manifest.engines[key]
+    sizes = {**entry.key.profiles[0].sizes, "w": (1, 4, 6)}
+    small = entry.key.model_copy(update={"profiles": (EngineProfile(name="small", sizes=sizes),)})
+    engines = {**manifest.engines, key: entry.model_copy(update={"key": small})}
+    limited = replace(bundle, manifest=manifest.model_copy(update={"engines": engines}))
+    device, cuda = host_device()
+    device.layout = HostLayout(device)
+    monkeypatch.setattr(gpu_store, "open_device", lambda: device)
+    store = EngineStore(limited, machine=MACHINE)
+    store.check("high", ClipSize(PixelShape(73, 128, 192), Fraction(24)))
+    with pytest.raises(EngineError, match=r"video_decoder: no profile of the engine serves w = 8 \(allowed: 1 to 6\)"):
+        store.check("high", ClipSize(PixelShape(73, 128, 256), Fraction(24)))
+    assert (trt.most_loading, cuda.used) == (0, 0)
+
+
 def test_what_a_clip_left_behind_does_not_keep_the_next_one_out(stored, bundle, trt):
     size = ClipSize(PixelShape(73, 128, 128), Fraction(24))
     entries = {name: plan_file(bundle, name).entry for name in NETWORK_NAMES}
-    needed = clip_memory(bundle, "high", size, entries).needed_bytes - process_bytes()
+    needed = clip_memory(bundle, "high", size, entries).needed_bytes - process_bytes()  # before: an estimate
     store, cuda = stored(memory_bytes=needed)
     store.check("high", size)
     made = store.engines("high").denoiser
@@ -592,8 +610,8 @@ def test_what_a_clip_left_behind_does_not_keep_the_next_one_out(stored, bundle, 
     assert cuda.used > 0
     store.check("high", size)
     assert store._gpu.residency == "resident"
-    with pytest.raises(EngineError, match=r"192x128, 73 frames at high takes"):
-        store.check("high", ClipSize(PixelShape(73, 128, 192), Fraction(24)))
+    with pytest.raises(EngineError, match=r"640x640, 73 frames at high takes"):
+        store.check("high", ClipSize(PixelShape(73, 640, 640), Fraction(24)))
 
 
 def test_the_text_encoder_goes_where_it_cannot_stay(stored, bundle, trt, monkeypatch):
@@ -607,7 +625,7 @@ def test_the_text_encoder_goes_where_it_cannot_stay(stored, bundle, trt, monkeyp
     engines.text_encoder.run(prompt)
     assert engines.text_encoder.loaded
     monkeypatch.setattr(gpu_store, "residency_for", lambda *_: "release_text")
-    inside.check("high", None)
+    inside.check("high", ClipSize(PixelShape(73, 128, 128), Fraction(24)))
     assert not engines.text_encoder.loaded
     for _ in range(2):
         found = engines.text_encoder.run(prompt)
@@ -615,7 +633,7 @@ def test_the_text_encoder_goes_where_it_cannot_stay(stored, bundle, trt, monkeyp
         for name, value in wanted.items():
             np.testing.assert_array_equal(found[name], value)
     monkeypatch.setattr(gpu_store, "residency_for", lambda *_: "resident")
-    inside.check("high", None)
+    inside.check("high", ClipSize(PixelShape(73, 128, 128), Fraction(24)))
     engines.text_encoder.run(prompt)
     assert engines.text_encoder.loaded
     assert loads > 0

@@ -102,7 +102,7 @@ def calls() -> dict[str, Any]:
     found: dict[str, Any] = {
         "outputs": {name: list(value.shape) for name, value in outputs.items()},
         "scratch": device.scratch.size_bytes,
-        "told": network.scratch_bytes(SIZES),
+        "told": network.working_bytes([SIZES]),
         # Nothing was handed over to the stream, and that is noticed.
         "capture": _message(lambda: network.bind(given)),
     }
