@@ -78,7 +78,7 @@ def record_trials(bundle: Bundle, preset: str, options: CalibrationOptions) -> d
     Raises:
         EngineError: A network does not load or run.
     """
-    engines = EngineStore(bundle).engines(preset)
+    engines = EngineStore(bundle, backend="onnxruntime-cpu").engines(preset)
     runs: dict[str, list[Trial]] = {name: [] for name in NETWORK_NAMES}
 
     def observe(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:

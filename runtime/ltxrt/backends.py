@@ -149,7 +149,7 @@ def _tensorrt(gpu: Gpu) -> tuple[str, str]:
     """Its version, and why it cannot be used."""
     try:
         version = str(import_tensorrt().__version__)
-        check_tensorrt_version(version, gpu)
+        check_tensorrt_version(version, gpu.cuda_version)
     except EngineError as error:
         return "", str(error)
     return version, ""

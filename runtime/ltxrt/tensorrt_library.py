@@ -133,7 +133,7 @@ def load_library(device: Device) -> TensorRtLibrary:
         EngineError: It is not installed, does not load, or its version does not go with this code or the driver.
     """
     module = import_tensorrt()
-    check_tensorrt_version(str(module.__version__), device.gpu)
+    check_tensorrt_version(str(module.__version__), device.gpu.cuda_version)
     return TensorRtLibrary(module)
 
 

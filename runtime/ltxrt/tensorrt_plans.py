@@ -22,8 +22,12 @@ _OLDEST_MINOR_OF_10 = 16
 _CUDA_OF_11 = 13
 
 
-def check_tensorrt_version(version: str, gpu: Gpu) -> None:
+def check_tensorrt_version(version: str, cuda_version: tuple[int, int]) -> None:
     """Refuse a TensorRT that this code was not written for, or that the driver is too old for.
+
+    Args:
+        version: As ``tensorrt.__version__`` tells it.
+        cuda_version: Newest CUDA that the driver serves.
 
     Raises:
         EngineError: Naming what is there and what is allowed.
@@ -32,8 +36,8 @@ def check_tensorrt_version(version: str, gpu: Gpu) -> None:
     major, minor = (int(match[1]), int(match[2])) if match else (0, 0)
     if major not in (10, 11) or (major == 10 and minor < _OLDEST_MINOR_OF_10):
         raise EngineError(f"TensorRT {version} is installed; allowed: {SUPPORTED_TENSORRT}")
-    if major == 11 and gpu.cuda_version[0] < _CUDA_OF_11:
-        found = ".".join(map(str, gpu.cuda_version))
+    if major == 11 and cuda_version[0] < _CUDA_OF_11:
+        found = ".".join(map(str, cuda_version))
         raise EngineError(
             f"the NVIDIA driver serves CUDA {found}, TensorRT {version} needs {_CUDA_OF_11}.0: update the driver"
         )

@@ -198,15 +198,21 @@ def test_cuda_core_is_not_installed(monkeypatch):
 # --- versions and profiles ---
 
 
-@pytest.mark.parametrize("version", ["11.0.0.114", "11.4.0.106", "10.16.1.11", "10.17.0"])
+@pytest.mark.parametrize("version", ["11.0.0.114", "11.4.0.106", "11.9", "10.16.1.11", "10.17.0"])
 def test_versions_that_are_supported(version):
-    check_tensorrt_version(version, H200)
+    check_tensorrt_version(version, H200.cuda_version)
 
 
-@pytest.mark.parametrize("version", ["10.15.1", "9.3.0", "12.0.0", "dev", ""])
+@pytest.mark.parametrize("version", ["10.15.1", "10.3.0.26", "9.3.0", "8.6.1", "12.0.0", "dev", ""])
 def test_versions_that_are_not(version):
     with pytest.raises(EngineError, match=r"is installed; allowed: 11, or 10\.16"):
-        check_tensorrt_version(version, H200)
+        check_tensorrt_version(version, H200.cuda_version)
+
+
+def test_version_11_needs_a_driver_for_cuda_13():
+    with pytest.raises(EngineError, match=r"the NVIDIA driver serves CUDA 12\.8, TensorRT 11\.4 needs 13\.0: update"):
+        check_tensorrt_version("11.4", (12, 8))
+    check_tensorrt_version("10.16.1.11", (12, 8))
 
 
 KEY = EngineKey(

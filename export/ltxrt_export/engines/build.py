@@ -157,6 +157,7 @@ class _Compilation:
         self.monitor = progress_monitor(self.trt, progress)
         #: Weights that were computed for the parser, which reads them as long as it lives.
         self._folded: dict[str, NDArray[Any]] = {}
+        self._scratch_bytes: list[int] = []
 
     def run(self) -> BuiltPlan:
         model = load_graph(self.job.graph)
@@ -297,18 +298,22 @@ class _Compilation:
         return EngineError(f"{self.job.key}: TensorRT cannot build this network: {self._last_error('no reason given')}")
 
     def _layers(self) -> bytes:
-        """Load the plan once: it shows that it loads, and tells its layers."""
+        """Load the plan once: it shows that it loads, and tells its layers and its working memory."""
         runtime = self.trt.Runtime(self.logger)
         with self.job.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise EngineError(f"{self.job.key}: the plan does not load: {self._last_error('no reason given')}")
+            profiles = range(len(self.job.profiles))
+            self._scratch_bytes = [int(engine.get_device_memory_size_for_profile_v2(number)) for number in profiles]
             inspector = engine.create_engine_inspector()
             text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
         return (json.dumps(layer_report(text), indent=1) + "\n").encode()
 
     def _built_with(self, workspace: int) -> dict[str, str]:
-        found = {"driver": self.tools.gpu.driver, "workspace_bytes": str(workspace)}
+        # One figure a profile; the runtime's memory model reads them before it loads anything.
+        scratch = ",".join(map(str, self._scratch_bytes))
+        found = {"driver": self.tools.gpu.driver, "workspace_bytes": str(workspace), "scratch_bytes": scratch}
         if self.log.warnings:
             found["warnings"] = str(len(self.log.warnings))
         return found

@@ -17,8 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ltxrt.errors import EngineError, RequestError
-
-from .versions import SUPPORTED, check_version
+from ltxrt.tensorrt_plans import SUPPORTED_TENSORRT, check_tensorrt_version
 
 __all__ = ["CudaDriver", "Gpu", "Toolchain", "load_tensorrt", "open_toolchain"]
 
@@ -182,7 +181,7 @@ def open_toolchain(choice: str = "auto") -> Toolchain:
     driver = CudaDriver(DRIVER_LIBRARY)
     gpu = choose_gpu(driver.gpus(), choice)
     module = load_tensorrt()
-    check_version(str(module.__version__), gpu.cuda_version)
+    check_tensorrt_version(str(module.__version__), gpu.cuda_version)
     return Toolchain(module, driver, gpu)
 
 
@@ -210,7 +209,7 @@ def load_tensorrt() -> Any:
         module = import_module("tensorrt")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
-            raise EngineError(f"TensorRT ({SUPPORTED}) is not installed: {INSTALL}") from error
+            raise EngineError(f"TensorRT ({SUPPORTED_TENSORRT}) is not installed: {INSTALL}") from error
         raise EngineError(f"TensorRT is installed but does not load ({error}): {INSTALL}") from error
     if not hasattr(module, "Builder") or not hasattr(module, "OnnxParser"):
         raise EngineError(f"the installed TensorRT has no compiler, only a runtime: {INSTALL}")

@@ -65,7 +65,7 @@ class SensitivityRow:
 
 def record_feeds(bundle: Bundle, preset: str, clip: int = 1) -> list[dict[str, Array]]:
     """What the denoiser is fed in some steps of a calibration clip."""
-    engines = EngineStore(bundle).engines(preset)
+    engines = EngineStore(bundle, backend="onnxruntime-cpu").engines(preset)
     seen: list[dict[str, Array]] = []
 
     def observe(feeds: Mapping[str, Array]) -> dict[str, Array]:

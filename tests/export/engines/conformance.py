@@ -21,6 +21,7 @@ import tensorrt_bindings
 import ltxrt_export.engines
 from ltxrt.bundle import Bundle
 from ltxrt.errors import EngineError
+from ltxrt.tensorrt_plans import check_tensorrt_version
 from ltxrt_export.engines.buckets import load_buckets
 from ltxrt_export.engines.build import NetworkJob, _Compilation, _Log
 from ltxrt_export.engines.cache_key import BuildOptions
@@ -28,7 +29,7 @@ from ltxrt_export.engines.environment import Gpu, Toolchain, load_tensorrt
 from ltxrt_export.engines.plan_file import PlanFile, plan_writer
 from ltxrt_export.engines.profiles import network_profiles
 from ltxrt_export.engines.progress import BuildProgress, progress_monitor
-from ltxrt_export.engines.versions import check_version, network_flags
+from ltxrt_export.engines.versions import network_flags
 
 # The package of that name, which only NVIDIA's index has, is an alias of the bindings.
 sys.modules["tensorrt"] = tensorrt_bindings
@@ -139,7 +140,7 @@ def _function(made: Any, place: int, result: Any, *arguments: Any) -> Any:
 def calls() -> dict[str, Any]:
     """Whole compilations against objects that answer everything; then the same against objects that refuse."""
     trt = load_tensorrt()
-    check_version(trt.__version__, (13, 0))
+    check_tensorrt_version(trt.__version__, (13, 0))
     tools = Toolchain(trt, Driver(), GPU)  # type: ignore[arg-type]
     ended: dict[str, str] = {}
     for name in ("text_encoder", "denoiser", "video_decoder"):

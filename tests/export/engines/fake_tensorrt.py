@@ -270,4 +270,7 @@ class Runtime:
         assert bytes(memoryview(data)[:4])
         answer = self.fake.layers if isinstance(self.fake.layers, str) else json.dumps(self.fake.layers)
         inspector = SimpleNamespace(get_engine_information=lambda form: answer)
-        return SimpleNamespace(create_engine_inspector=lambda: inspector)
+        return SimpleNamespace(
+            create_engine_inspector=lambda: inspector,
+            get_device_memory_size_for_profile_v2=lambda profile: 1000 * (profile + 1),
+        )

@@ -192,6 +192,7 @@ def test_what_is_written(fake, tools, make_job) -> None:
     assert report["summary"]["fp8_kernels"] == 1
     assert report["inspector"] == fake.layers
     assert built.built_with["driver"] == "580.65.06"
+    assert built.built_with["scratch_bytes"] == ",".join(str(1000 * (n + 1)) for n in range(len(job.profiles)))
     assert leftovers(job) == ["upsampler.layers.json", "upsampler.plan"]
 
 

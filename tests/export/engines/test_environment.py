@@ -14,7 +14,7 @@ import pytest
 from ltxrt.errors import EngineError, RequestError
 from ltxrt_export.engines import environment
 from ltxrt_export.engines.environment import CudaDriver, Gpu, choose_gpu, load_tensorrt, open_toolchain
-from ltxrt_export.engines.versions import check_version, inspector_tensor_type, network_flags
+from ltxrt_export.engines.versions import inspector_tensor_type, network_flags
 
 SOURCE = Path(__file__).parent / "libcuda.c"
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compile a stand-in driver with")
@@ -156,23 +156,6 @@ def test_the_whole_search(monkeypatch, driver_library, fake) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     tools = open_toolchain("0")
     assert (tools.gpu.name, tools.tensorrt) == ("NVIDIA H200", fake)
-
-
-@pytest.mark.parametrize("version", ["11.0.0.114", "11.4.0.106", "11.9", "10.16.1.11", "10.17.0"])
-def test_versions_that_are_supported(version: str) -> None:
-    check_version(version, (13, 0))
-
-
-@pytest.mark.parametrize("version", ["10.15.1", "10.3.0.26", "9.3.0", "8.6.1", "12.0.0", "dev", ""])
-def test_versions_that_are_not(version: str) -> None:
-    with pytest.raises(EngineError, match=r"is installed; allowed: 11, or 10\.16"):
-        check_version(version, (13, 0))
-
-
-def test_version_11_needs_a_driver_for_cuda_13() -> None:
-    with pytest.raises(EngineError, match=r"the NVIDIA driver serves CUDA 12\.8, TensorRT 11\.4 needs 13\.0: update"):
-        check_version("11.4", (12, 8))
-    check_version("10.16.1.11", (12, 8))
 
 
 def test_the_network_is_strongly_typed_in_both_versions(fake) -> None:
