@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ltxrt.bundle import Bundle
-from ltxrt.decode import chunk_lengths
 from ltxrt.engine import Array, Engine
 from ltxrt.engine_store import Engines, EngineStore
 from ltxrt.mux import FragmentMuxer, MuxOptions
 from ltxrt.pipeline import Pipeline
 from ltxrt.preset import load_preset
 from ltxrt.request import Request
-from ltxrt.shapes import frame_rate, samples_for_frames
+from ltxrt.shapes import chunk_lengths, frame_rate, samples_for_frames
 from ltxrt_export.quantize.recording import ObservedEngine
 from ltxrt_export.tiny.measure import Pictures, energy_envelope, mouth_opening, rgb_pictures
 from ltxrt_export.tiny.mouth import SAMPLE_RATE, Floats, frame_times, mouth_track

@@ -66,7 +66,7 @@ def sensitivity(
 ) -> None:
     """Quantise the denoiser one group of layers at a time, and list what each does to a sampling step, worst first.
 
-    The error is relative to fp32, over steps of both stages. Below a recipe's name: how many of the layers it quantises.
+    Relative to fp32, over steps of both stages. Under a recipe's name: how many of the layers it quantises.
     """
     from ltxrt.bundle import Bundle
 

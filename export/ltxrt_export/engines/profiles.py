@@ -219,8 +219,8 @@ def _video_decoder(manifest: Manifest, users: Iterable[Preset]) -> _View:
     """The first chunk (which may be the only one), those after it and the last, told apart by tensors of length 0.
 
     Each has a profile of its own, and so has every canvas: with that the largest sizes of a profile are those of a
-    call. A chunk that is first, last and has a cache would give twice the frames of any that there is. The last one is a
-    single latent frame long (``chunk_lengths`` of the runtime), and gives all frames that were held back.
+    call. A chunk that is first, last and has a cache would give twice the frames of any that there is. The last one is
+    a single latent frame long (``chunk_lengths`` of the runtime), and gives all frames that were held back.
     """
     first = manifest.model.stream.first_chunk_latents
     chunks = sorted({preset.decode_chunk_latents for preset in users}, reverse=True)

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltxrt.bundle import Bundle
-from ltxrt.decode import chunk_lengths
 from ltxrt.errors import EngineError, ExportError
 from ltxrt.manifest import NETWORK_NAMES, EngineProfile, Manifest
 from ltxrt.plan import auto_size
 from ltxrt.preset import PRESET_NAMES, load_preset
 from ltxrt.request import NAMED_SIZES
-from ltxrt.shapes import PixelShape, audio_token_count, covering_frames, frame_rate, samples_for_frames
+from ltxrt.shapes import PixelShape, audio_token_count, chunk_lengths, covering_frames, frame_rate, samples_for_frames
 from ltxrt_export.engines.buckets import Bucket, Buckets, load_buckets
 from ltxrt_export.engines.profiles import Profile, concrete_shape, network_profiles, symbols_of
 
