@@ -83,10 +83,17 @@ PARTS = (
     Part("kernels", 60, bench("kernels", "--out", "{out}"), bench("kernels", "--dry-run", "--ops", "euler_step")),
     Part(
         "cuda_pipeline",
-        60,
-        bench("pipeline", "--sides", "ltxrt", "torch", "--out", "{out}"),
+        45,
+        bench("pipeline", "--sides", "ltxrt", "--out", "{out}"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}"),
-        needs=("onnxruntime", "torch", "diffusers"),
+        needs=("onnxruntime", "av"),
+    ),
+    Part(
+        "torch_pipeline",
+        90,
+        bench("pipeline", "--sides", "ltxrt", "torch", "torch-compile", "--out", "{out}/torch_pipeline"),
+        bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}/torch_pipeline"),
+        needs=("onnxruntime", "av", "torch", "diffusers"),
     ),
     Part(
         "torch_blocks",

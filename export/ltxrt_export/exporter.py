@@ -63,7 +63,7 @@ class ExportOptions:
         check: Run every graph before it is kept: in fp32 against its torch class, in a lower precision against fp32.
         overwrite: Replace a bundle that is there.
         precisions: ``fp32`` alone, or what each preset asks for.
-        backend: What the networks of the presets will run on.
+        backend: What the networks will run on: how the decoder is traced, and which types the presets may take.
         calibration: Ranges for the networks of the presets; None makes one on the way.
         other_loras: Take a calibration that was made with other LoRAs, or with none.
         calibrating: How one is made, and the size of the clip that checks variants.
@@ -126,7 +126,7 @@ def export_bundle(sources: Sources, destination: Path, options: ExportOptions) -
     with BundleWriter(destination, overwrite=options.overwrite) as writer:
         sources, changes = sources.with_changes(writer.weights_folder)
         run = _Run(sources, writer, options, stages(options), changes)
-        specs, stream = network_specs(sources, options.semantics)
+        specs, stream = network_specs(sources, options.semantics, options.backend)
         yield from run.weights(specs)
         model = _model_entry(writer, sources, options, stream)
         if options.calibration is not None:
@@ -153,7 +153,7 @@ def calibrate_model(sources: Sources, out: Path, options: ExportOptions) -> Gene
     with BundleWriter(out.with_name(f"{out.name}-networks")) as writer:
         sources, changes = sources.with_changes(writer.weights_folder)
         run = _Run(sources, writer, options, calibration_stages(), changes)
-        specs, stream = network_specs(sources, options.semantics)
+        specs, stream = network_specs(sources, options.semantics, options.backend)
         yield from run.weights(specs)
         keys, rows = yield from run.fp32_networks(specs)
         bundle = writer.draft(_model_entry(writer, sources, options, stream), {_PRESET: keys})
@@ -259,15 +259,20 @@ class _Run:
             yield self.step("presets", rows=rows, note="\n".join(made.notes), done=made.done, size=made.total)
 
 
-def network_specs(sources: Sources, semantics: Semantics) -> tuple[Mapping[str, NetworkSpec], StreamEntry]:
-    """The six networks on fake tensors (no weight is read), and how the decoder streams."""
+def network_specs(
+    sources: Sources, semantics: Semantics, backend: Backend = "gpu"
+) -> tuple[Mapping[str, NetworkSpec], StreamEntry]:
+    """The six networks on fake tensors (no weight is read), and how the decoder streams.
+
+    ``backend`` changes how the decoder is written down, not what it computes.
+    """
     checkpoint, gemma = sources.checkpoint, sources.text_encoder
     transformer, connectors = checkpoint.component("transformer"), checkpoint.component("connectors")
     video_vae, audio_vae = checkpoint.component("video_vae"), checkpoint.component("audio_vae")
     text_model, latent_upsampler = gemma.component(), sources.upsampler.component()
     with FakeTensorMode():
         vae: Any = video_vae.build().eval()
-        decoder_spec, layout = video_decoder.spec(vae, video_vae.weights)
+        decoder_spec, layout = video_decoder.spec(vae, video_vae.weights, framewise=backend == "cpu")
         specs = {
             "text_encoder": text_encoder.spec(
                 text_model.build().eval(),  # type: ignore[arg-type]

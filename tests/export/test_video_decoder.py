@@ -20,7 +20,7 @@ from torch import Tensor
 from ltxrt.errors import ExportError
 from ltxrt_export import published
 from ltxrt_export.networks import video_decoder
-from ltxrt_export.networks.video_decoder import StreamLayout, VideoDecoder, stream_layout
+from ltxrt_export.networks.video_decoder import FramewiseVideoDecoder, StreamLayout, VideoDecoder, stream_layout
 from ltxrt_export.onnx_export import export_model
 from ltxrt_export.vae_blocks import video_vae_options
 from ltxrt_export.weights import TensorFile
@@ -94,6 +94,32 @@ def vae() -> AutoencoderKLLTX2Video:
 @pytest.fixture(scope="module")
 def network(vae: AutoencoderKLLTX2Video) -> VideoDecoder:
     return VideoDecoder(vae).eval()
+
+
+@pytest.mark.parametrize("chunks", [[10], [8, 1, 2]])
+def test_framewise_is_the_same_decoder(vae: AutoencoderKLLTX2Video, network: VideoDecoder, chunks: list[int]) -> None:
+    """Frames and caches, in fp64 so that nothing but an error can differ."""
+    framewise = FramewiseVideoDecoder(vae).eval()
+    latent = latents(sum(chunks), 1, 2).double()
+    vae.double()
+    try:
+        expected, found = (recorded(module.rgb, network.layout, latent, chunks) for module in (network, framewise))
+    finally:
+        vae.float()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, theirs, strict=True))
+
+
+def recorded(run: Run, layout: StreamLayout, latent: Tensor, chunks: Sequence[int]) -> list[Sequence[Tensor]]:
+    """Everything that ``run`` gives for each chunk."""
+    kept: list[Sequence[Tensor]] = []
+
+    def keeping(*feeds: Tensor) -> Sequence[Tensor]:
+        kept.append(run(*feeds))
+        return kept[-1]
+
+    streamed(keeping, layout, latent, chunks)
+    return kept
 
 
 def test_layout_of_the_published_decoder() -> None:
