@@ -24,7 +24,7 @@ _WITHOUT = {
     "late_allocation": "buffers planned when a network loads",
     "run_by_run_memory": "one block of memory a run, kept",
     "shared_arena": "an arena for every network",
-    "yielding_threads": "idle threads spin",
+    "brief_spinning": "idle threads sleep at once",
     "graph_fusion": "graphs run as exported",
     "decode_chunks": "the clip decoded in one piece",
     "text_encoder_runs": "prompt known to the cache",
