@@ -153,7 +153,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     # All networks draw on one arena; they never run at the same time within a clip.
     _share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # Idle workers wait awake for the next operator, but no longer than that: afterwards the video encoder wants the core.
+    # Idle workers wait awake for the next operator, but no longer: afterwards the video encoder wants the core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     # Its int8 fusions take FP8 for int8 where fp32 surrounds it, and then refuse to load the graph.
