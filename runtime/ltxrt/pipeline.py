@@ -177,9 +177,7 @@ class Pipeline:
             return conditioning, (f"prompt cut by {prompt.dropped_tokens} tokens to the model's context",)
         return conditioning, ()
 
-    def _deliver(
-        self, plan: Plan, latent: Tensor, engines: Engines, timings: Timings
-    ) -> Iterator[Progress | Fragment]:
+    def _deliver(self, plan: Plan, latent: Tensor, engines: Engines, timings: Timings) -> Iterator[Progress | Fragment]:
         """Decode, encode and mux, chunk by chunk."""
         decoder = VideoDecoder(
             engines.video_decoder, self.bundle.manifest.model.stream, plan.preset.decode_chunk_latents

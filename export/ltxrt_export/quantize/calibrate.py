@@ -196,7 +196,7 @@ def run_clip(
         (2, canvas, preset.stage_2_sigmas),
     ):
         if latent is not None:
-            latent = upsample(engines.upsampler, latent, canvas.halved().to_latent())
+            latent = np.asarray(upsample(engines.upsampler, latent, canvas.halved().to_latent()))
         stage = DenoiseStage(
             number=number,
             engine=engines.denoiser,
