@@ -4,7 +4,7 @@
 import math
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,7 @@ from .cli_steps import JsonFlag, LoraFlag, TextEncoderFlag, UpsamplerFlag
 if TYPE_CHECKING:
     from .exporter import Sources
     from .parity import ParityRow
-    from .verify import EngineReport, NetworkReport
+    from .verify import NetworkReport
 
 __all__ = ["app"]
 
@@ -63,17 +63,17 @@ def verify(  # noqa: PLR0913  # one parameter per flag
         for _ in changes.write() if changes is not None else ():
             pass
         reports = list(_reports(opened, sources, names, seed))
-    from .verify import engines_not_run
+    from .verify_engines import engines_not_run
 
-    engines = engines_not_run(opened, names)
+    left_out = engines_not_run(opened, names)
     if as_json:
-        emit(_json(opened, seed, reports, engines))
+        emit(_json(opened, seed, reports, left_out))
     else:
-        emit([*_table(reports), *map(_engine_line, engines)])
+        emit([*_table(reports), *(_engine_line(opened, key, reason) for key, reason in left_out.items())])
     failed = [report for report in reports if not report.passed]
     if failed:
         # Not raised: the result is on stdout already, and --json would add the error to it.
-        named = ", ".join(f"{report.network} {report.precision}" for report in failed)
+        named = ", ".join(f"{report.network} {_computes_in(report)}" for report in failed)
         typer.echo(f"error: {opened.path}: {named}: not what the torch class makes of the same inputs", err=True)
         raise typer.Exit(ExportError.exit_code)
 
@@ -145,7 +145,7 @@ def _table(reports: "Iterable[NetworkReport]") -> list[str]:
             worst = max(rows, key=lambda row: (not row.passed, row.error))
             verdict = "ok" if all(row.passed for row in rows) else "FAIL"
             figures = str(len(rows)), f"{worst.error:.2e}", f"{worst.limit:g} {worst.unit}", _sizes(worst), verdict
-            lines.append((report.network, report.precision, ",".join(report.presets), output, *figures))
+            lines.append((report.network, _computes_in(report), ",".join(report.presets), output, *figures))
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
@@ -154,13 +154,16 @@ def _sizes(row: "ParityRow") -> str:
     return " ".join(f"{name}={size}" for name, size in row.sizes.items())
 
 
-def _engine_line(engine: "EngineReport") -> str:
-    return f"engine {engine.key} of {engine.network} for {engine.gpu}: not run: {engine.reason}"
+def _computes_in(report: "NetworkReport") -> str:
+    return f"{report.precision} engine" if report.engine else report.precision
 
 
-def _json(
-    bundle: Bundle, seed: int, reports: "Sequence[NetworkReport]", engines: "Sequence[EngineReport]"
-) -> dict[str, Any]:
+def _engine_line(bundle: Bundle, key: str, reason: str) -> str:
+    entry = bundle.manifest.engines[key]
+    return f"engine {key} of {entry.network} for {entry.key.gpu_name}: not run: {reason}"
+
+
+def _json(bundle: Bundle, seed: int, reports: "Sequence[NetworkReport]", left_out: Mapping[str, str]) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         "seed": seed,
@@ -170,6 +173,7 @@ def _json(
                 "key": report.key,
                 "network": report.network,
                 "precision": report.precision,
+                "engine": report.engine or None,
                 "presets": list(report.presets),
                 "passed": report.passed,
                 "checks": [
@@ -180,5 +184,8 @@ def _json(
             }
             for report in reports
         ],
-        "engines": [{**asdict(engine), "run": False} for engine in engines],
+        "engines_not_run": [
+            {"key": key, "network": bundle.manifest.engines[key].network, "reason": reason}
+            for key, reason in left_out.items()
+        ],
     }

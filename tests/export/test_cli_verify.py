@@ -60,7 +60,7 @@ def test_the_shipped_bundle_passes(capsys: Capture) -> None:
 def test_json(capsys: Capture) -> None:
     assert run(["verify", str(Bundle.open().path), *FLAGS, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["passed"], result["seed"], result["engines"]) == (True, 3, [])
+    assert (result["passed"], result["seed"], result["engines_not_run"]) == (True, 3, [])
     (network,) = result["networks"]
     assert (network["network"], network["precision"], network["passed"]) == ("upsampler", "fp32", True)
     checks = network["checks"]
@@ -157,8 +157,9 @@ def test_engines_are_said_not_to_be_run(capsys: Capture, copied: Path) -> None:
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"engine upsampler-l40s of {key} for NVIDIA L40S: not run: ")
     assert run(["verify", str(copied), *FLAGS, "--json"]) == 0
-    (entry,) = json.loads(capsys.readouterr().out)["engines"]
-    assert entry["run"] is False
+    (entry,) = json.loads(capsys.readouterr().out)["engines_not_run"]
+    assert (entry["key"], entry["network"]) == ("upsampler-l40s", key)
+    assert "NVIDIA" in entry["reason"]
 
 
 def test_another_checkpoint(capsys: Capture, tmp_path: Path) -> None:
