@@ -17,16 +17,7 @@ from ltxrt.cli_process import emit, main_app, run_app
 
 from .cli_calibrate import app as calibrate_app
 from .cli_download import download
-from .cli_steps import (
-    BackendFlag,
-    CheckpointFlag,
-    JsonFlag,
-    LoraFlag,
-    SemanticsFlag,
-    TextEncoderFlag,
-    UpsamplerFlag,
-    show_steps,
-)
+from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
 from .cli_verify import app as verify_app
 from .engines.cli import app as engines_app
 from .lint.cli import app as lint_app
@@ -67,6 +58,9 @@ CheckFlag = Annotated[
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")]
 PrecisionFlag = Annotated[
     Literal["fp32", "presets"], typer.Option(help="One set of fp32 networks, or what each preset asks for.")
+]
+BackendFlag = Annotated[
+    Literal["gpu", "cpu"], typer.Option(help="What the presets' networks are for; a CPU takes FP16 for BF16.")
 ]
 CalibrationFlag = Annotated[
     Path | None,

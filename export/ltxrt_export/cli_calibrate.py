@@ -11,16 +11,7 @@ import typer
 from ltxrt.cli_process import emit
 from ltxrt.errors import OutputError
 
-from .cli_steps import (
-    BackendFlag,
-    CheckpointFlag,
-    JsonFlag,
-    LoraFlag,
-    SemanticsFlag,
-    TextEncoderFlag,
-    UpsamplerFlag,
-    show_steps,
-)
+from .cli_steps import CheckpointFlag, JsonFlag, LoraFlag, SemanticsFlag, TextEncoderFlag, UpsamplerFlag, show_steps
 
 __all__ = ["app"]
 
@@ -35,7 +26,6 @@ def calibrate(  # noqa: PLR0913  # one parameter per flag
     upsampler: UpsamplerFlag = None,
     lora: LoraFlag = None,
     semantics: SemanticsFlag = "R3",
-    backend: BackendFlag = "gpu",
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda needs onnxruntime-gpu.")] = "cpu",
     memory: Annotated[
         float | None,
@@ -55,7 +45,7 @@ def calibrate(  # noqa: PLR0913  # one parameter per flag
         raise OutputError(f"{out}: exists already; choose another file, or --overwrite to replace a file")
     sources = Sources.open(checkpoint, text_encoder, upsampler, [LoraFile.parse(text) for text in lora or ()])
     calibrating = CalibrationOptions(memory_bytes=None if memory is None else int(memory * 1e9), device=device)
-    options = ExportOptions(semantics=Semantics(semantics), check=False, backend=backend, calibrating=calibrating)
+    options = ExportOptions(semantics=Semantics(semantics), check=False, calibrating=calibrating)
     show_steps(calibrate_model(sources, out, options), calibration_stages())
     made = Calibration.load(out)
     networks = {name: {"layers": len(r.layers), "near_fp16_limit": r.large} for name, r in made.networks.items()}

@@ -15,16 +15,7 @@ from ltxrt.result import Progress
 if TYPE_CHECKING:
     from .exporter import ExportStep
 
-__all__ = [
-    "BackendFlag",
-    "CheckpointFlag",
-    "JsonFlag",
-    "LoraFlag",
-    "SemanticsFlag",
-    "TextEncoderFlag",
-    "UpsamplerFlag",
-    "show_steps",
-]
+__all__ = ["CheckpointFlag", "JsonFlag", "LoraFlag", "SemanticsFlag", "TextEncoderFlag", "UpsamplerFlag", "show_steps"]
 
 CheckpointFlag = Annotated[
     Path, typer.Option(help="The single-file checkpoint, or a folder in the diffusers layout.", show_default=False)
@@ -39,10 +30,6 @@ SemanticsFlag = Annotated[Literal["R1", "R2", "R3"], typer.Option(help="Modulati
 LoraFlag = Annotated[
     list[str] | None,
     typer.Option(help="A LoRA to fuse, FILE:SCALE or FILE for scale 1; may be given again.", show_default=False),
-]
-BackendFlag = Annotated[
-    Literal["gpu", "cpu"],
-    typer.Option(help="What the networks are for: a CPU takes FP16 for BF16, and another trace of the decoder."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 

@@ -16,10 +16,7 @@ from ltxrt.bundle import Bundle
 from ltxrt.manifest import LoraEntry
 from ltxrt_export import exporter
 from ltxrt_export.cli import run
-from ltxrt_export.exporter import Sources
-from ltxrt_export.networks.denoiser import Semantics
 from ltxrt_export.networks.spec import NetworkSpec
-from ltxrt_export.preset_networks import Backend
 from ltxrt_export.quantize import calibrate, recording, sensitivity
 from ltxrt_export.quantize.calibrate import CalibrationOptions, CalibrationStep
 from ltxrt_export.quantize.calibration import Calibration, LayerRange, NetworkRanges, Origin
@@ -114,22 +111,6 @@ def test_the_result_as_json(work: Path, model: list[str], traced: None, clips: l
         },
     }
     assert Calibration.load(work / "c.json").made_from.semantics == "R1"
-
-
-def test_the_decoder_is_traced_for_the_backend(
-    work: Path, model: list[str], traced: None, clips: list[Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backends: list[str] = []
-    real = exporter.network_specs
-
-    def recorded(sources: Sources, semantics: Semantics, backend: Backend) -> object:
-        backends.append(backend)
-        return real(sources, semantics, backend)
-
-    monkeypatch.setattr(exporter, "network_specs", recorded)
-    for flags in ([], ["--backend", "cpu"]):
-        assert run(["calibrate", *model, "--out", "c.json", *flags, "--overwrite"]) == 0
-    assert backends == ["gpu", "cpu"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
