@@ -109,10 +109,13 @@ class InputReader:
         """
         # No name or ending of the caller's ever reaches a decoder.
         raw = target.with_name(secrets.token_hex(8))
+        bringing = asyncio.ensure_future(asyncio.to_thread(self._bring, owner, value, kind, raw))
         try:
-            await asyncio.to_thread(self._bring, owner, value, kind, raw)
+            await asyncio.shield(bringing)
             return await self._sandbox.read(kind, raw, target, f"input_{kind}")
         finally:
+            # A thread goes on when nobody waits for it any more, and would write what has just been removed.
+            await asyncio.gather(bringing, return_exceptions=True)
             raw.unlink(missing_ok=True)
 
     def _bring(self, owner: str, value: str | BinaryIO, kind: Kind, raw: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import os
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -167,6 +168,29 @@ def test_many_at_once_each_in_a_process_of_its_own(room, speech):
     assert asyncio.run(run()) == [{"samples": 8000, "rate": 16000}] * 8
     assert sorted(path.name for path in room.iterdir()) == [f"out{number}" for number in range(8)]
     assert children() == []
+
+
+def test_a_caller_who_goes_away_while_a_file_is_brought_leaves_nothing(room, speech, monkeypatch):
+    begun, go_on, bring = threading.Event(), threading.Event(), InputReader._bring
+
+    def late(*arguments):
+        begun.set()
+        assert go_on.wait(20)
+        bring(*arguments)
+
+    async def run():
+        async with reader(room.parent) as inputs:
+            monkeypatch.setattr(InputReader, "_bring", late)
+            reading = asyncio.create_task(inputs.read("me", io.BytesIO(speech.read_bytes()), "audio", room / "out"))
+            await asyncio.to_thread(begun.wait, 20)
+            reading.cancel()
+            await asyncio.sleep(0.05)
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+    asyncio.run(run())  # ends when its threads have
+    assert list(room.iterdir()) == []
 
 
 def test_no_process_is_left(room, speech):
