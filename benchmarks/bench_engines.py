@@ -153,7 +153,13 @@ def blocks(options: argparse.Namespace, results: dict[str, Any], keep: Callable[
     import torch
 
     gpu = torch.cuda.is_available()
-    results |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "steps": {}, "per_block_seconds": {}}
+    results |= {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "width": "narrow" if options.dry_run else "published",
+        "ceilings": asdict(gpu_ceilings() if gpu else cpu_ceilings(1024 if options.dry_run else 2048)),
+        "steps": {},
+        "per_block_seconds": {},
+    }
     for backend in options.backends:
         for count in sorted(options.blocks):
             if backend == "onnxruntime" and count > MOST_EXPORTED:

@@ -123,6 +123,15 @@ PARTS = (
         (*EXPORT, "train-tiny", "--help"),
         needs=("torch", "diffusers"),
     ),
+    # Of what the parts above left; it can be made again later from the folder.
+    Part(
+        "estimate",
+        20,
+        (str(HERE / "estimate.py"), "{out}", "--out", "{out}"),
+        (str(HERE / "estimate.py"), "{out}", "--out", "{out}"),
+        needs=("numpy",),
+        gpu=False,
+    ),
 )
 
 

@@ -117,8 +117,18 @@ def measured(arguments: Sequence[str]) -> Measured:
     )
 
 
-def record(name: str, packages: Sequence[str], results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``<name>-<machine>.json`` and return its path; a file of that name is replaced."""
+def record(
+    name: str,
+    packages: Sequence[str],
+    results: Mapping[str, Any],
+    folder: Path = RESULTS,
+    *,
+    of_machine: bool = True,
+) -> Path:
+    """Write ``<name>-<machine>.json`` and return its path; a file of that name is replaced.
+
+    Where ``of_machine`` is false the results do not depend on the machine, and the file is ``<name>.json``.
+    """
     here = machine()
     content = {
         "benchmark": name,
@@ -128,7 +138,7 @@ def record(name: str, packages: Sequence[str], results: Mapping[str, Any], folde
         "versions": {package: _version(package) for package in packages},
         "results": results,
     }
-    path = folder / f"{name}-{here.slug}.json"
+    path = folder / (f"{name}-{here.slug}.json" if of_machine else f"{name}.json")
     partial = path.with_suffix(".partial")
     folder.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(content, indent=2) + "\n")

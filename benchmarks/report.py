@@ -66,7 +66,8 @@ def tables(folder: Path) -> str:
     for record in records:
         by_name.setdefault(record.get("benchmark", ""), []).append(record)
     lines: list[str] = []
-    for name, make in (("pipeline", pipeline), ("startup", startup), ("engines", engines), ("kernels", kernels)):
+    sections = {"pipeline": pipeline, "startup": startup, "engines": engines, "kernels": kernels, "estimate": estimate}
+    for name, make in sections.items():
         for record in by_name.get(name, []):
             lines += [*make(record["results"]), "", origin(record), ""]
     if not any(record.get("machine", {}).get("gpu") for record in records):
@@ -76,6 +77,8 @@ def tables(folder: Path) -> str:
 
 def origin(record: Mapping[str, Any]) -> str:
     """Where a table's figures are from."""
+    if record["benchmark"] == "estimate":
+        return f"`benchmarks/estimate.py`, {record['date']}; every assumption is in `benchmarks/results/estimate.json`."
     here, versions = record["machine"], record["versions"]
     used = ", ".join(f"{name} {versions[name]}" for name in ("onnxruntime", "torch", "diffusers") if versions.get(name))
     load = load_of(record["results"])
@@ -197,6 +200,82 @@ def kernels(results: Mapping[str, Any]) -> Iterator[str]:
         for name, row in results["kernels"].items()
     ]
     yield from table(("", "microseconds", "GB/s", "of a copy"), rows)
+
+
+def estimate(results: Mapping[str, Any]) -> Iterator[str]:
+    """The whole job of the 22B model: its work, what the goals require, and seconds where a GPU was measured."""
+    jobs, peaks = results["jobs"], results["peaks"]
+    run = f"on {results['gpu']}" if results["gpu"] else "not run on a GPU"
+    yield f"Work of the whole job of the 22B model at preset {results['work']['preset']}, by stage; {run}:"
+    yield ""
+    heads = [head for clip in jobs for head in (f"{clip}, TFLOP", "of it FP8", "least GB")]
+    stages = next(iter(jobs.values()))["stages"]
+    rows = [
+        (
+            f"{name.replace('_', ' ')}, {runs(stage['runs'])}",
+            *(figure for job in jobs.values() for figure in work(job["stages"][name])),
+        )
+        for name, stage in stages.items()
+    ]
+    sums = [figure for job in jobs.values() for figure in work(summed(job))]
+    yield from table(("", *heads), [*rows, ("together", *sums)])
+    yield ""
+    yield (
+        f"What the goals require of one H200, whose published peaks are {peaks['fp8_tflops']:.0f} TFLOP/s in FP8, "
+        f"{peaks['half_tflops']:.0f} in 16 bits and {peaks['gb_per_second']:.0f} GB/s (NVIDIA's datasheet, dense; "
+        "nothing here is measured):"
+    )
+    yield ""
+    heads = ("", "goal, s", "TFLOP/s sustained", "share of the peaks", "if the host takes a fifth", "if all is 16-bit")
+    shares = ("share_of_peak", "share_of_peak_less_host", "share_of_peak_in_16_bits")
+    needs = {clip: job["required"] for clip, job in jobs.items()}
+    rows = [
+        (
+            clip,
+            f"{jobs[clip]['goal_seconds']}",
+            f"{found['tflops_sustained']:.0f}",
+            *(f"{found[share]:.0%}" for share in shares),
+        )
+        for clip, found in needs.items()
+    ]
+    yield from table(heads, rows)
+    encodes = {clip: job["encode_elsewhere"] for clip, job in jobs.items() if job.get("encode_elsewhere")}
+    if encodes and not results["gpu"]:
+        yield ""
+        seconds = ", ".join(f"{found['seconds']:.1f} s for {clip}" for clip, found in encodes.items())
+        yield f"H.264 on the CPU comes on top: {seconds}, {next(iter(encodes.values()))['source']}."
+    yield from estimates(jobs)
+
+
+def estimates(jobs: Mapping[str, Any]) -> Iterator[str]:
+    """Seconds of every stage and where they come from."""
+    for clip, job in jobs.items():
+        for name, found in job["estimates"].items():
+            total = found["total_seconds"]
+            known = f"{total:.2f} s" if total is not None else f"no sum without {', '.join(found['missing'])}"
+            yield ""
+            yield f"{clip}, {name}: {known}, goal {job['goal_seconds']} s:"
+            yield ""
+            yield "| stage | seconds | source |"
+            yield "|---|---:|---|"
+            for stage, line in found["stages"].items():
+                seconds = "" if line["seconds"] is None else f"{line['seconds']:.3f}"
+                yield f"| {stage.replace('_', ' ')} | {seconds} | {line['source']} |"
+
+
+def summed(job: Mapping[str, Any]) -> dict[str, float]:
+    """The work of all stages."""
+    return {key: sum(stage[key] for stage in job["stages"].values()) for key in ("tflop", "fp8_tflop", "least_gb")}
+
+
+def work(stage: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A stage's TFLOP, those in FP8, and GB."""
+    return f"{stage['tflop']:.1f}", f"{stage['fp8_tflop']:.1f}", f"{stage['least_gb']:.2f}"
+
+
+def runs(count: int) -> str:
+    """``1 run``, ``3 runs``."""
+    return f"{count} run{'s' * (count > 1)}"
 
 
 if __name__ == "__main__":

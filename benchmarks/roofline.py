@@ -21,8 +21,10 @@ from onnx import NodeProto, TensorProto, helper
 from ltxrt_export.lint.graph import GraphView, attributes
 from ltxrt_export.lint.shapes import Shapes, infer_shapes
 
-__all__ = ["Ceilings", "Work", "cpu_ceilings", "gpu_ceilings", "graph_work"]
+__all__ = ["Ceilings", "Work", "cpu_ceilings", "fp8_product", "gpu_ceilings", "graph_work", "node_flops", "view_work"]
 
+#: Compute capability.
+_FIRST_WITH_FP8 = (8, 9)
 _BITS = {TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT8E5M2: 8, TensorProto.BFLOAT16: 16}
 
 
@@ -45,10 +47,17 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the machine can do, measured."""
+    """What the machine can do, measured.
+
+    Attributes:
+        tflops: Of a product in fp32 on a CPU, in BF16 on a GPU.
+        gb_per_second: Of a copy, read and written.
+        fp8_tflops: Of a product in FP8; None where there is none.
+    """
 
     tflops: float
     gb_per_second: float
+    fp8_tflops: float | None = None
 
     def bound_seconds(self, work: Work) -> float:
         """Least time that the work can take."""
@@ -64,11 +73,16 @@ def graph_work(path: Path, input_shapes: Mapping[str, tuple[int, ...]]) -> Work:
     """
     view = GraphView(path.name, onnx.load(path, load_external_data=False), path.parent)
     (shapes,) = infer_shapes(view, [(input_shapes, {})])
+    return view_work(view, shapes)
+
+
+def view_work(view: GraphView, shapes: Shapes) -> Work:
+    """Count the work of a graph whose shapes are known."""
     flops = moved = unknown = 0
     for node in view.nodes:
         if all(view.is_constant(name) for name in node.output if name):
             continue
-        counted = _flops(node, shapes)
+        counted = node_flops(node, shapes)
         sizes = [_bytes(name, shapes) for name in dict.fromkeys((*node.input, *node.output)) if name]
         if counted is None or None in sizes:
             unknown += 1
@@ -80,7 +94,7 @@ def graph_work(path: Path, input_shapes: Mapping[str, tuple[int, ...]]) -> Work:
     return Work(flops, least, moved, unknown)
 
 
-def _flops(node: NodeProto, shapes: Shapes) -> int | None:
+def node_flops(node: NodeProto, shapes: Shapes) -> int | None:
     """Twice the multiply-accumulates of a node; 0 for those that have none, None where a size is unknown."""
     counter = _COUNTED.get(node.op_type)
     if counter is None:
@@ -138,7 +152,7 @@ def cpu_ceilings(size: int = 2048, copied_bytes: int = 1 << 28) -> Ceilings:
 
 
 def gpu_ceilings(size: int = 8192, copied_bytes: int = 1 << 30) -> Ceilings:
-    """BF16 product and copy in torch, best of five. Never run on a GPU yet."""
+    """BF16 and FP8 products and copy in torch, best of five. Never run on a GPU yet."""
     import torch
 
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -153,7 +167,20 @@ def gpu_ceilings(size: int = 8192, copied_bytes: int = 1 << 30) -> Ceilings:
 
     product = _best(finished(lambda: a @ b))
     copy = _best(finished(lambda: target.copy_(source)))
-    return Ceilings(2 * size**3 / product / 1e12, 2 * copied_bytes / copy / 1e9)
+    eight_bit = None
+    if torch.cuda.get_device_capability() >= _FIRST_WITH_FP8:
+        eight_bit = 2 * size**3 / _best(finished(fp8_product(size, "cuda"))) / 1e12
+    return Ceilings(2 * size**3 / product / 1e12, 2 * copied_bytes / copy / 1e9, eight_bit)
+
+
+def fp8_product(size: int, device: str) -> Callable[[], Any]:
+    """A product of E4M3 matrices with a scale each, BF16 out, as torch has it: the second one lies by columns."""
+    import torch
+
+    operators: Any = torch.ops.aten
+    one = torch.ones((), device=device)
+    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    return lambda: operators._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def _best(function: Callable[[], object]) -> float:

@@ -137,6 +137,15 @@ def test_bound_is_the_longer_of_arithmetic_and_memory(module):
     assert ceilings.bound_seconds(roofline.Work(10**9, 10**10, 0, 0)) == pytest.approx(1.0)
 
 
+def test_fp8_product_is_the_product(module):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 64).to(torch.float8_e4m3fn).float() for _ in range(2))
+    torch.manual_seed(0)
+    product = module("roofline").fp8_product(64, "cpu")
+    torch.testing.assert_close(product(), (a @ b.t()).bfloat16(), rtol=0.02, atol=0.02)
+
+
 # --- the programs ---
 
 
