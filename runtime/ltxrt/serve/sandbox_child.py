@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that opens what callers send: reads one order, writes plain samples or pixels, and is gone.
+"""What is done with one file from a caller, in a process of its own: one order, plain samples or pixels, and the end.
 
-It starts with an empty environment in an empty folder, waits for its order, and then may use little: no network where
-the kernel lets it go without, few files, bounded memory, time and output. Whatever a hostile file makes of the decoders
-stays in here.
+The process may use little: no network where the kernel lets it go without, few files, bounded memory, time and output.
+Whatever a hostile file makes of the decoders stays in here.
 """
 
 import ctypes
@@ -11,8 +10,8 @@ import json
 import os
 import resource
 import struct
-import sys
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,36 @@ from ..errors import MediaError
 from ..image import read_image
 from ..media import AudioTrack, read_audio
 
-__all__ = ["main", "write_wav"]
+__all__ = ["carry_out", "load_readers", "write_wav"]
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _OPEN_FILES = 32
 _FLOAT = 3  # WAV's format tag
 
 
-def main() -> None:
-    """Carry out the order that stdin holds and say on stdout what came of it."""
-    line = sys.stdin.readline()
-    if not line:  # the server is gone
-        return
-    order = json.loads(line)
-    _confine(order["memory_bytes"], order["cpu_seconds"], order["output_bytes"])
+def load_readers() -> None:
+    """Import what Pillow would look for in every process anew."""
+    Image.preinit()
+    import_module("PIL.WebPImagePlugin")
+
+
+def carry_out(order: bytes) -> bytes:
+    """Confine this process for good, carry out an order, and say as JSON what came of it.
+
+    Raises:
+        Exception: What no reader should raise; to the server it is as a crash.
+    """
+    wanted = json.loads(order)
+    _confine(wanted["memory_bytes"], wanted["cpu_seconds"], wanted["output_bytes"])
     try:
-        answer = _audio(order) if order["kind"] == "audio" else _image(order)
+        answer = _audio(wanted) if wanted["kind"] == "audio" else _image(wanted)
     except MediaError as error:
         answer = {"problem": error.problem, "allowed": error.allowed}
     except MemoryError:
         answer = {"problem": "takes too much memory to read", "allowed": "a smaller file"}
     except OSError:
         answer = {"problem": "is too large when it is decoded", "allowed": "a smaller file"}
-    sys.stdout.write(json.dumps(answer))
+    return json.dumps(answer).encode()
 
 
 def write_wav(track: AudioTrack, target: Path) -> None:
@@ -84,7 +90,3 @@ def _confine(memory_bytes: int, cpu_seconds: int, output_bytes: int) -> None:
     # are off all the same (media.py).
     ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
     os.umask(0o077)
-
-
-if __name__ == "__main__":
-    main()

@@ -211,7 +211,7 @@ def _is_child(process_id):
             parent = int(file.read().rpartition(")")[2].split()[1])
     except OSError:
         return False
-    return parent == os.getpid() and b"sandbox_child" in command
+    return parent == os.getpid() and b"ltxrt.serve.sandbox" in command
 
 
 def test_records_hold_no_contents():
