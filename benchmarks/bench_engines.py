@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, Timing, record, timed
+from harness import RESULTS, Timing, missing_compiler, record, timed
 from roofline import Ceilings, cpu_ceilings, gpu_ceilings, graph_work
 
 from ltxrt.bundle import Bundle
@@ -161,6 +161,10 @@ def blocks(options: argparse.Namespace, results: dict[str, Any], keep: Callable[
         "per_block_seconds": {},
     }
     for backend in options.backends:
+        if backend == "torch-compile" and (reason := missing_compiler()):
+            results["steps"][backend] = {"left out": reason}
+            print(f"{backend} is left out: {reason}", file=sys.stderr)
+            continue
         for count in sorted(options.blocks):
             if backend == "onnxruntime" and count > MOST_EXPORTED:
                 continue

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "Machine", "Measured", "Timing", "machine", "measured", "record", "timed"]
+__all__ = ["RESULTS", "Machine", "Measured", "Timing", "machine", "measured", "missing_compiler", "record", "timed"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -114,6 +115,16 @@ def measured(arguments: Sequence[str]) -> Measured:
         cpu_seconds=round(usage.ru_utime + usage.ru_stime, 2),
         peak_rss_mb=round(usage.ru_maxrss * scale / 1e6, 1),
         result=json.loads(lines[-1]),
+    )
+
+
+def missing_compiler() -> str:
+    """Why torch.compile cannot make kernels here, in one line; empty if it can. It looks for the same compiler."""
+    name = os.environ.get("CXX") or "g++"
+    if shutil.which(name):
+        return ""
+    return (
+        f"torch.compile needs a C++ compiler, and {name} is not found: install it (Debian: apt install g++) or set CXX"
     )
 
 

@@ -160,6 +160,17 @@ def test_pipeline_beside_torch():
     assert results["ltxrt_without"]["decode_chunks"]["wall_seconds"]["p50"] > 0
 
 
+def test_torch_compile_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    command = [sys.executable, str(BENCHMARKS / "bench_pipeline.py"), "--sides", "torch-compile", "--dry-run"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert len(ran.stderr.splitlines()) == 1
+    assert "no-such-compiler is not found: install it" in ran.stderr
+    arguments = ("--blocks", "1", "--backends", "torch-compile")
+    assert "no-such-compiler" in json.loads(dry_run("bench_engines", *arguments))["steps"]["torch-compile"]["left out"]
+
+
 def test_engines():
     results = json.loads(dry_run("bench_engines"))
     assert set(results["networks"]) == {"text_encoder", "audio_encoder", "denoiser", "upsampler", "video_decoder"}
