@@ -16,7 +16,7 @@ from .errors import EngineError
 from .stream import Device
 from .tensorrt_plans import SUPPORTED_TENSORRT, check_tensorrt_version
 
-__all__ = ["LoadedPlan", "TensorRtLibrary", "load_library"]
+__all__ = ["LoadedPlan", "TensorRtLibrary", "TensorRtLog", "load_library"]
 
 #: TensorRT's element types by the names that the manifest uses. ``tensorrt.nptype`` has none for some of them.
 _DTYPES = {
@@ -32,9 +32,15 @@ _DTYPES = {
 
 @dataclass(slots=True)
 class TensorRtLog:
-    """What TensorRT says; its last complaint explains a failure."""
+    """What TensorRT says; its last complaint explains a failure.
+
+    Attributes:
+        errors: One line each.
+        warnings: How many there were.
+    """
 
     errors: list[str] = field(default_factory=list[str])
+    warnings: int = 0
 
     def logger(self, tensorrt: Any) -> Any:
         """TensorRT's ``ILogger`` on this; must outlive everything that is made with it."""
@@ -47,12 +53,14 @@ class TensorRtLog:
             def log(self, severity: Any, msg: str) -> None:
                 if severity in (severities.INTERNAL_ERROR, severities.ERROR):
                     log.errors.append(" ".join(msg.split()))
+                elif severity == severities.WARNING:
+                    log.warnings += 1
 
         return Logger()
 
-    def last(self) -> str:
-        """The latest complaint."""
-        return self.errors[-1] if self.errors else "no reason given"
+    def last(self, otherwise: str = "no reason given") -> str:
+        """The latest complaint, or something else where there was none."""
+        return self.errors[-1] if self.errors else otherwise
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import mmap
 import re
 from collections.abc import Generator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from onnx import ModelProto
 
 from ltxrt.errors import EngineError, OutputError
 from ltxrt.manifest import FileEntry, NetworkEntry
+from ltxrt.tensorrt_library import TensorRtLog
 
 from .cache_key import BuildOptions, canonical_options
 from .constants import fold_convolutions
@@ -77,35 +78,6 @@ class BuiltPlan:
     built_with: dict[str, str]
 
 
-@dataclass(slots=True)
-class _Log:
-    """What TensorRT says; its last complaints explain a failure."""
-
-    errors: list[str] = field(default_factory=list[str])
-    warnings: list[str] = field(default_factory=list[str])
-
-    def logger(self, tensorrt: Any) -> Any:
-        """TensorRT's ``ILogger`` on this; must outlive everything that is made with it."""
-        log, severities = self, tensorrt.ILogger
-
-        class Logger(tensorrt.ILogger):
-            def __init__(self) -> None:
-                tensorrt.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                if severity in (severities.INTERNAL_ERROR, severities.ERROR):
-                    log.errors.append(" ".join(msg.split()))
-                elif severity == severities.WARNING:
-                    log.warnings.append(" ".join(msg.split()))
-
-        return Logger()
-
-    def matching(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """The latest complaint of a kind."""
-        found = (pattern.search(line) for line in reversed(self.errors))
-        return next((match for match in found if match), None)
-
-
 def load_graph(path: Path) -> ModelProto:
     """A graph without its external data.
 
@@ -152,7 +124,7 @@ class _Compilation:
         self.tools = tools
         self.options = canonical_options(options, job.network.precision)
         self.progress = progress
-        self.log = _Log()
+        self.log = TensorRtLog()
         self.logger = self.log.logger(self.trt)
         self.monitor = progress_monitor(self.trt, progress)
         #: Weights that were computed for the parser, which reads them as long as it lives.
@@ -194,7 +166,7 @@ class _Compilation:
         try:
             return self.trt.Builder(self.logger)
         except TypeError as error:  # what the bindings make of a null pointer
-            raise EngineError(f"TensorRT's compiler does not start: {self._last_error('no reason given')}") from error
+            raise EngineError(f"TensorRT's compiler does not start: {self.log.last()}") from error
 
     def _parse(self, parser: Any, model: ModelProto, weights: MappedWeights) -> None:
         """The graph into TensorRT's network, its external weights by address."""
@@ -208,8 +180,7 @@ class _Compilation:
         for name, address, nbytes in places if loaded else ():
             if not parser.load_initializer(name, address, nbytes):
                 raise EngineError(
-                    f"{self.job.key}: TensorRT's parser refuses weight {name} ({nbytes} bytes): "
-                    f"{self._last_error('no reason given')}"
+                    f"{self.job.key}: TensorRT's parser refuses weight {name} ({nbytes} bytes): {self.log.last()}"
                 )
         if not loaded or not parser.parse_model_proto():
             raise EngineError(f"{self.job.key}: {self._parser_errors(parser)}")
@@ -217,7 +188,7 @@ class _Compilation:
     def _parser_errors(self, parser: Any) -> str:
         """The first finding of the parser as node, operator and rule, and how many more there are."""
         if parser.num_errors == 0:
-            return f"TensorRT's parser refuses the graph: {self._last_error('no reason given')}"
+            return f"TensorRT's parser refuses the graph: {self.log.last()}"
         error = parser.get_error(0)
         where = f"node {error.node_name() or error.node()} ({error.node_operator()})"
         rule = f"{error.code().name}: {' '.join(error.desc().split())}"
@@ -249,7 +220,7 @@ class _Compilation:
             # Later profiles share the first one's weights instead of laying out their own.
             made.extra_memory_target = 0.0
         if config.add_optimization_profile(made) < 0:
-            reason = self._last_error("the sizes do not fit the graph")
+            reason = self.log.last("the sizes do not fit the graph")
             raise EngineError(f"{self.job.key}: profile {profile.entry.name} is refused: {reason}")
 
     def _timing_cache(self, config: Any) -> Any:
@@ -286,16 +257,16 @@ class _Compilation:
             return OutputError(f"{plan.path} cannot be written: {plan.error.strerror}")
         if self.progress.cancelled:
             return EngineError(f"{self.job.key}: cancelled")
-        if self.log.matching(_OUT_OF_MEMORY):
+        if self._complaint(_OUT_OF_MEMORY):
             return EngineError(
                 f"{self.job.key}: the GPU's memory does not suffice to build this network; stop what else uses it, "
-                f"lower --workspace-gib, or take a GPU with more ({self._last_error('')})"
+                f"lower --workspace-gib, or take a GPU with more ({self.log.last()})"
             )
-        if missing := self.log.matching(_NO_KERNEL):
+        if missing := self._complaint(_NO_KERNEL):
             return EngineError(
                 f"{self.job.key}: TensorRT has no kernel for node {missing['node']} at the sizes of the profiles"
             )
-        return EngineError(f"{self.job.key}: TensorRT cannot build this network: {self._last_error('no reason given')}")
+        return EngineError(f"{self.job.key}: TensorRT cannot build this network: {self.log.last()}")
 
     def _layers(self) -> bytes:
         """Load the plan once: it shows that it loads, and tells its layers and its working memory."""
@@ -303,7 +274,7 @@ class _Compilation:
         with self.job.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
             if engine is None:
-                raise EngineError(f"{self.job.key}: the plan does not load: {self._last_error('no reason given')}")
+                raise EngineError(f"{self.job.key}: the plan does not load: {self.log.last()}")
             profiles = range(len(self.job.profiles))
             self._scratch_bytes = [int(engine.get_device_memory_size_for_profile_v2(number)) for number in profiles]
             inspector = engine.create_engine_inspector()
@@ -313,13 +284,15 @@ class _Compilation:
     def _built_with(self, workspace: int) -> dict[str, str]:
         # One figure a profile; the runtime's memory model reads them before it loads anything.
         scratch = ",".join(map(str, self._scratch_bytes))
-        found = {"driver": self.tools.gpu.driver, "workspace_bytes": str(workspace), "scratch_bytes": scratch}
+        found = {"driver": self.tools.kernel_module, "workspace_bytes": str(workspace), "scratch_bytes": scratch}
         if self.log.warnings:
-            found["warnings"] = str(len(self.log.warnings))
+            found["warnings"] = str(self.log.warnings)
         return found
 
-    def _last_error(self, otherwise: str) -> str:
-        return self.log.errors[-1] if self.log.errors else otherwise
+    def _complaint(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """TensorRT's latest complaint of a kind."""
+        found = (pattern.search(line) for line in reversed(self.log.errors))
+        return next((match for match in found if match), None)
 
 
 def gib(count: int) -> str:

@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from ltxrt.errors import BundleError
+from ltxrt.gpu import Gpu
 from ltxrt.manifest import EngineKey, EngineProfile, Manifest
-
-from .environment import Gpu
 
 __all__ = ["KEY_SCHEMA", "BuildOptions", "engine_key", "engine_name", "key_digest"]
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from ltxrt.errors import EngineError, OutputError, RequestError
+from ltxrt.gpu import Gpu
 from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, Manifest
 
 from .buckets import Buckets
 from .build import BuiltPlan, NetworkJob, build_network, gib, load_graph
 from .cache_key import BuildOptions, engine_key, key_digest
-from .environment import Gpu, Toolchain
+from .environment import Toolchain
 from .profiles import Profile, network_profiles
 from .progress import Phase
 from .store import ENGINES, EngineStore

@@ -21,11 +21,13 @@ import tensorrt_bindings
 import ltxrt_export.engines
 from ltxrt.bundle import Bundle
 from ltxrt.errors import EngineError
+from ltxrt.gpu import Gpu
+from ltxrt.tensorrt_library import TensorRtLog
 from ltxrt.tensorrt_plans import check_tensorrt_version
 from ltxrt_export.engines.buckets import load_buckets
-from ltxrt_export.engines.build import NetworkJob, _Compilation, _Log
+from ltxrt_export.engines.build import NetworkJob, _Compilation
 from ltxrt_export.engines.cache_key import BuildOptions
-from ltxrt_export.engines.environment import Gpu, Toolchain, load_tensorrt
+from ltxrt_export.engines.environment import Toolchain, load_tensorrt
 from ltxrt_export.engines.plan_file import PlanFile, plan_writer
 from ltxrt_export.engines.profiles import network_profiles
 from ltxrt_export.engines.progress import BuildProgress, progress_monitor
@@ -36,7 +38,7 @@ sys.modules["tensorrt"] = tensorrt_bindings
 
 #: Place of a virtual function in an object's table. Interfaces with a version begin with four functions of their own.
 FIRST_OF_VERSIONED = 4
-GPU = Gpu(index=0, name="none", compute_capability=(9, 0), memory_bytes=2**37, cuda_version=(13, 0), driver="")
+GPU = Gpu(index=0, name="none", compute_capability=(9, 0), memory_bytes=2**37, cuda_version=(13, 0))
 
 
 class Driver:
@@ -100,7 +102,7 @@ def callbacks() -> dict[str, Any]:
         phase = progress._reports.get()
         assert phase is not None
         reports.append([phase.name, phase.parent, phase.done, phase.steps])
-    log = _Log()
+    log = TensorRtLog()
     logger = log.logger(trt)
     # A plain interface in 10, a versioned one in 11.
     place = FIRST_OF_VERSIONED if trt.__version__.startswith("11") else 0

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ltxrt.bundle import tiny_bundle_path
-from ltxrt_export.engines.environment import Gpu, Toolchain
+from ltxrt.gpu import Gpu
+from ltxrt_export.engines.environment import Toolchain
 
 HERE = Path(__file__).parent
 H200 = Gpu(
@@ -22,7 +23,6 @@ H200 = Gpu(
     compute_capability=(9, 0),
     memory_bytes=139 * 1024**3,
     cuda_version=(13, 0),
-    driver="580.65.06",
 )
 
 
@@ -69,7 +69,7 @@ def fake() -> Any:
 
 @pytest.fixture
 def tools(fake: Any, gpu: Gpu) -> Toolchain:
-    return Toolchain(fake, FakeDriver(), gpu)  # type: ignore[arg-type]
+    return Toolchain(fake, FakeDriver(), gpu, "580.65.06")  # type: ignore[arg-type]
 
 
 @pytest.fixture

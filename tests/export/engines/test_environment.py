@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from ltxrt.errors import EngineError, RequestError
+from ltxrt.gpu import Gpu
 from ltxrt_export.engines import environment
-from ltxrt_export.engines.environment import CudaDriver, Gpu, choose_gpu, load_tensorrt, open_toolchain
+from ltxrt_export.engines.environment import BuildDriver, choose_gpu, load_tensorrt, open_toolchain
 from ltxrt_export.engines.versions import inspector_tensor_type, network_flags
 
 SOURCE = Path(__file__).parent / "libcuda.c"
@@ -34,27 +35,8 @@ def driver_library(tmp_path: Path) -> Callable[..., str]:
 
 
 @needs_gcc
-def test_the_gpus_as_the_driver_tells_them(driver_library, monkeypatch, tmp_path) -> None:
-    version = tmp_path / "version"
-    version.write_text(
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC 12.2.0\n"
-    )
-    monkeypatch.setattr(environment, "_DRIVER_VERSION_FILE", version)
-    first, second = CudaDriver(driver_library(GPUS=2)).gpus()
-    assert first == Gpu(
-        index=0,
-        name="NVIDIA H200",
-        compute_capability=(9, 0),
-        memory_bytes=150754820096,
-        cuda_version=(13, 2),
-        driver="580.65.06",
-    )
-    assert (second.index, second.name, second.compute_capability) == (1, "NVIDIA L40S", (8, 9))
-
-
-@needs_gcc
 def test_a_gpu_is_current_within_the_block_alone(driver_library) -> None:
-    driver = CudaDriver(driver_library())
+    driver = BuildDriver(driver_library())
     (gpu,) = driver.gpus()
     with pytest.raises(EngineError, match=r"refuses cuMemGetInfo_v2: CUDA_ERROR_INVALID_CONTEXT"):
         driver.free_bytes()
@@ -68,7 +50,7 @@ def test_a_gpu_is_current_within_the_block_alone(driver_library) -> None:
 @pytest.mark.parametrize(
     ("macros", "message"),
     [
-        ({"GPUS": 0}, "no NVIDIA GPU is visible to CUDA"),
+        ({"GPUS": 0}, "no NVIDIA GPU is visible to CUDA: engines are built on the GPU that they are for"),
         ({"INIT": 100}, "the NVIDIA driver refuses cuInit: no NVIDIA GPU is visible (CUDA_ERROR_NO_DEVICE)"),
         (
             {"INIT": 803},
@@ -79,13 +61,13 @@ def test_a_gpu_is_current_within_the_block_alone(driver_library) -> None:
 )
 def test_a_driver_that_does_not_work(driver_library, macros, message) -> None:
     with pytest.raises(EngineError) as caught:
-        CudaDriver(driver_library(**macros)).gpus()
+        BuildDriver(driver_library(**macros)).gpus()
     assert message in str(caught.value)
 
 
 def test_no_driver() -> None:
     with pytest.raises(EngineError, match=r"no NVIDIA driver \(libnone\.so cannot be loaded\): engines are built on"):
-        CudaDriver("libnone.so")
+        BuildDriver("libnone.so")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a driver")
@@ -94,9 +76,18 @@ def test_the_whole_search_on_a_machine_without_a_driver() -> None:
         open_toolchain()
 
 
+def test_version_of_the_kernel_module(monkeypatch, tmp_path) -> None:
+    version = tmp_path / "version"
+    version.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC 12.2.0\n"
+    )
+    monkeypatch.setattr(environment, "_DRIVER_VERSION_FILE", version)
+    assert environment.kernel_module_version() == "580.65.06"
+
+
 def test_no_kernel_module(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(environment, "_DRIVER_VERSION_FILE", tmp_path / "none")
-    assert environment._driver_version() == ""
+    assert environment.kernel_module_version() == ""
 
 
 # --- which GPU ---
