@@ -61,13 +61,19 @@ def main() -> None:
         print(f"torch-compile is left out: {reason}", file=sys.stderr)
         if not options.sides:
             sys.exit(1)
-    results = run(options) | ({"left_out": {"torch-compile": reason}} if reason else {})
+    results: dict[str, Any] = {"left_out": {"torch-compile": reason}} if reason else {}
     out = options.out or (None if options.dry_run else RESULTS)
+
+    def keep() -> None:
+        if out is not None:
+            record("pipeline", PACKAGES, results, out)
+
+    run(options, results, keep)
     print(json.dumps(results) if out is None else record("pipeline", PACKAGES, results, out))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All sides, one after the other, and how they compare."""
+def run(options: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """All sides, one after the other, and how they compare; ``keep`` is called after each."""
 
     def side(name: str, without: str = "nothing") -> dict[str, Any]:
         load = os.getloadavg()[0]
@@ -76,20 +82,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:<14} without {without:<18} {found['wall_seconds']}, {child.peak_rss_mb} MB", file=sys.stderr)
         return found
 
-    results: dict[str, Any] = {
+    sides: dict[str, Any] = {}
+    results |= {
         "clip": {"frames": options.frames, "resolution": options.resolution, "repeats": options.repeats},
         "threads": options.threads or len(os.sched_getaffinity(0)),
-        "sides": {name: side(name) for name in options.sides},
+        "sides": sides,
     }
-    if "ltxrt" in results["sides"]:
-        names = list(ABLATIONS) if "all" in options.without else options.without
-        results["ltxrt_without"] = {name: side("ltxrt", name) for name in names}
-        results["ltxrt_over"] = {
-            name: compared(results["sides"]["ltxrt"], other)
-            for name, other in results["sides"].items()
-            if name != "ltxrt"
-        }
-    return results
+    for name in options.sides:
+        sides[name] = side(name)
+        if "ltxrt" in sides:
+            others = {name: other for name, other in sides.items() if name != "ltxrt"}
+            results["ltxrt_over"] = {name: compared(sides["ltxrt"], other) for name, other in others.items()}
+        keep()
+    if "ltxrt" in sides:
+        results["ltxrt_without"] = {}
+        for name in ABLATIONS if "all" in options.without else options.without:
+            results["ltxrt_without"][name] = side("ltxrt", name)
+            keep()
 
 
 def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:

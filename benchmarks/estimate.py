@@ -229,19 +229,19 @@ class Visit:
         if self.gpu is None:
             return {}
         backends = sorted({backend for backend, label in self.fits if label.startswith(f"{clip} ")})
-        others = {name: self.line(name, stage, clip) for name, stage in job["stages"].items() if name[:7] != "denoise"}
-        others["copy_out"] = Line(
+        lines = {name: self.line(name, stage) for name, stage in job["stages"].items()}
+        lines["copy_out"] = Line(
             job["frame_bytes"] / (COPY_GB_PER_SECOND * 1e9), f"bound: bytes at an assumed {COPY_GB_PER_SECOND:.0f} GB/s"
         )
-        others["mux"] = self.encode(clip)
+        lines["mux"] = self.encode(clip)
         made = {
             f"{backend}, blocks as measured": {
-                **others,
+                **lines,
                 **{f"denoise_{n}": self.steps(backend, clip, n, job) for n in (1, 2)},
             }
             for backend in backends
         }
-        return {**made, "preset": {**others, **{f"denoise_{n}": self.preset_steps(clip, n, job) for n in (1, 2)}}}
+        return {**made, "preset": {**lines, **{f"denoise_{n}": self.preset_steps(clip, n, job) for n in (1, 2)}}}
 
     def steps(self, backend: str, clip: str, number: int, job: Mapping[str, Any]) -> Line:
         """A stage's steps from measured blocks."""
@@ -250,8 +250,13 @@ class Visit:
             return Line(None, f"no two numbers of blocks were measured by {backend}")
         runs = job["stages"][f"denoise_{number}"]["runs"]
         counts = ", ".join(map(str, fit.counts))
-        source = f"derived from measured blocks ({backend}, {counts}; off by {fit.worst:.1%} at most), {runs} steps"
-        return Line(runs * fit.at(BLOCKS), source)
+        if fit.per_block <= 0 or fit.at(BLOCKS) <= 0:
+            return Line(None, f"the times of {counts} blocks by {backend} do not rise")
+        deviation = f"; off the line by {fit.worst:.1%} at most" if len(fit.counts) > 2 else ""
+        return Line(
+            runs * fit.at(BLOCKS),
+            f"derived from measured blocks ({backend}, {counts} of them{deviation}), {runs} steps",
+        )
 
     def preset_steps(self, clip: str, number: int, job: Mapping[str, Any]) -> Line:
         """A stage's steps in FP8: from the fastest 16-bit blocks, or from the bound."""
@@ -267,7 +272,7 @@ class Visit:
         ratio = self.ceilings.seconds(stage) / self.ceilings.seconds(stage, fp8=False)
         return Line(fastest.seconds * ratio, f"{fastest.source}, times {ratio:.3f} for FP8 by its bound")
 
-    def line(self, name: str, stage: Work, clip: str) -> Line:
+    def line(self, name: str, stage: Work) -> Line:
         """A stage of one network, or several runs of it."""
         return self.measured(NETWORK_OF.get(name, name), stage) or self.bound(stage)
 
@@ -328,10 +333,12 @@ def rates_of(ceilings: Mapping[str, float]) -> Rates:
 def added_up(lines: Mapping[str, Line], goal: float) -> dict[str, Any]:
     """A job's lines and their sum; no sum where a line has no seconds."""
     missing = [name for name, line in lines.items() if line.seconds is None]
-    total = None if missing else sum(line.seconds or 0 for line in lines.values())
+    known = sum(line.seconds or 0 for line in lines.values())
+    total = None if missing else known
     return {
         "stages": {name: asdict(line) for name, line in lines.items()},
         "missing": missing,
+        "known_seconds": known,
         "total_seconds": total,
         "over_goal": None if total is None else round(total / goal, 3),
     }
@@ -352,8 +359,8 @@ def described(clip: str, job: Mapping[str, Any]) -> Iterator[str]:
     if not job["estimates"]:
         yield "  seconds: none, since nothing was measured on a GPU"
     for name, found in job["estimates"].items():
-        total = found["total_seconds"]
-        yield f"  {name}: {'no sum' if total is None else f'{total:.2f} s'}"
+        without = f" without {', '.join(found['missing'])}" if found["missing"] else ""
+        yield f"  {name}: {found['known_seconds']:.2f} s{without}"
         for stage, line in found["stages"].items():
             seconds = "        -" if line["seconds"] is None else f"{line['seconds']:9.4f}"
             yield f"    {stage:<14} {seconds} s  {line['source']}"

@@ -90,7 +90,7 @@ PARTS = (
     ),
     Part(
         "torch_pipeline",
-        90,
+        120,
         bench("pipeline", "--sides", "ltxrt", "torch", "torch-compile", "--out", "{out}/torch_pipeline"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}/torch_pipeline"),
         needs=("onnxruntime", "av", "torch", "diffusers"),

@@ -251,10 +251,9 @@ def estimates(jobs: Mapping[str, Any]) -> Iterator[str]:
     """Seconds of every stage and where they come from."""
     for clip, job in jobs.items():
         for name, found in job["estimates"].items():
-            total = found["total_seconds"]
-            known = f"{total:.2f} s" if total is not None else f"no sum without {', '.join(found['missing'])}"
+            without = f" without {', '.join(found['missing'])}" if found["missing"] else ""
             yield ""
-            yield f"{clip}, {name}: {known}, goal {job['goal_seconds']} s:"
+            yield f"{clip}, {name}: {found['known_seconds']:.2f} s{without}, goal {job['goal_seconds']} s:"
             yield ""
             yield "| stage | seconds | source |"
             yield "|---|---:|---|"

@@ -103,8 +103,14 @@ def test_report_names_the_source_of_every_second(estimate):
     records = [blocks(0.5, 0.25, (1, 48))]
     made = "\n".join(importlib.import_module("report").estimate(estimate.estimate(full_work(estimate), records)))
     assert "on a GPU" in made
-    assert "| denoise 1 | 100.000 | derived from measured blocks (torch, 1, 48;" in made
-    assert "121x768x512, preset: no sum without mux, goal 1.6 s:" in made
+    assert "| denoise 1 | 100.000 | derived from measured blocks (torch, 1, 48 of them), 8 steps" in made
+    assert " s without mux, goal 1.6 s:" in made
+
+
+def test_blocks_that_do_not_rise_give_no_seconds(estimate):
+    jobs = estimate.estimate(full_work(estimate), [blocks(5.0, -0.25, (1, 2))])["jobs"]
+    line = jobs["121x768x512"]["estimates"]["torch, blocks as measured"]["stages"]["denoise_1"]
+    assert line == {"seconds": None, "source": "the times of 1, 2 blocks by torch do not rise"}
 
 
 def test_whole_network_that_was_measured_is_taken(estimate):
