@@ -227,39 +227,40 @@ def estimate(results: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     heads = ("", "goal, s", "TFLOP/s sustained", "share of the peaks", "if the host takes a fifth", "if all is 16-bit")
-    shares = ("share_of_peak", "share_of_peak_less_host", "share_of_peak_in_16_bits")
-    needs = {clip: job["required"] for clip, job in jobs.items()}
-    rows = [
-        (
-            clip,
-            f"{jobs[clip]['goal_seconds']}",
-            f"{found['tflops_sustained']:.0f}",
-            *(f"{found[share]:.0%}" for share in shares),
-        )
-        for clip, found in needs.items()
-    ]
-    yield from table(heads, rows)
+    rows = [(clip, *requirement(job)) for clip, job in jobs.items()]
     encodes = {clip: job["encode_elsewhere"] for clip, job in jobs.items() if job.get("encode_elsewhere")}
     if encodes and not results["gpu"]:
+        heads = (*heads, "H.264 elsewhere, s")
+        rows = [(*row, f"{encodes[row[0]]['seconds']:.1f}") for row in rows]
+    yield from table(heads, rows)
+    if encodes and not results["gpu"]:
         yield ""
-        seconds = ", ".join(f"{found['seconds']:.1f} s for {clip}" for clip, found in encodes.items())
-        yield f"H.264 on the CPU comes on top: {seconds}, {next(iter(encodes.values()))['source']}."
+        yield f"H.264 on the host comes on top; elsewhere is {next(iter(encodes.values()))['source']}."
     yield from estimates(jobs)
+
+
+def requirement(job: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a goal asks for."""
+    found = job["required"]
+    shares = ("share_of_peak", "share_of_peak_less_host", "share_of_peak_in_16_bits")
+    sustained = f"{found['tflops_sustained']:.0f}"
+    return f"{job['goal_seconds']}", sustained, *(f"{found[share]:.0%}" for share in shares)
 
 
 def estimates(jobs: Mapping[str, Any]) -> Iterator[str]:
     """Seconds of every stage and where they come from."""
     for clip, job in jobs.items():
         for name, found in job["estimates"].items():
-            without = f" without {', '.join(found['missing'])}" if found["missing"] else ""
             yield ""
-            yield f"{clip}, {name}: {found['known_seconds']:.2f} s{without}, goal {job['goal_seconds']} s:"
+            yield f"{clip}, {name}; the goal in seconds is {job['goal_seconds']}:"
             yield ""
             yield "| stage | seconds | source |"
             yield "|---|---:|---|"
             for stage, line in found["stages"].items():
                 seconds = "" if line["seconds"] is None else f"{line['seconds']:.3f}"
                 yield f"| {stage.replace('_', ' ')} | {seconds} | {line['source']} |"
+            without = f"without {', '.join(found['missing'])}" if found["missing"] else ""
+            yield f"| together | {found['known_seconds']:.3f} | {without} |"
 
 
 def summed(job: Mapping[str, Any]) -> dict[str, float]:

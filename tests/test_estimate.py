@@ -104,7 +104,8 @@ def test_report_names_the_source_of_every_second(estimate):
     made = "\n".join(importlib.import_module("report").estimate(estimate.estimate(full_work(estimate), records)))
     assert "on a GPU" in made
     assert "| denoise 1 | 100.000 | derived from measured blocks (torch, 1, 48 of them), 8 steps" in made
-    assert " s without mux, goal 1.6 s:" in made
+    assert "121x768x512, preset; the goal in seconds is 1.6:" in made
+    assert " | without mux |" in made
 
 
 def test_blocks_that_do_not_rise_give_no_seconds(estimate):
