@@ -25,6 +25,8 @@ from .disk import gigabytes
 from .networks import audio_encoder, denoiser, image_encoder, text_encoder, upsampler, video_decoder
 from .networks.denoiser import Semantics
 from .networks.spec import NetworkSpec
+from .networks.video_decoder import VideoDecoder
+from .networks.video_decoder_framewise import FramewiseVideoDecoder
 from .onnx_export import export_model
 from .parity import ParityRow, check_network
 from .preset_networks import Backend, PresetNetworks, preset_fp8_bytes, record_trials
@@ -281,7 +283,8 @@ def network_specs(
     text_model, latent_upsampler = gemma.component(), sources.upsampler.component()
     with FakeTensorMode():
         vae: Any = video_vae.build().eval()
-        decoder_spec, layout = video_decoder.spec(vae, video_vae.weights, framewise=framewise)
+        form = FramewiseVideoDecoder if framewise else VideoDecoder
+        decoder_spec, layout = video_decoder.spec(vae, video_vae.weights, form)
         specs = {
             "text_encoder": text_encoder.spec(
                 text_model.build().eval(),  # type: ignore[arg-type]

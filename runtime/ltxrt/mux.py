@@ -14,7 +14,6 @@ machine's core count enter the file.
 
 import io
 import time
-from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,17 +23,17 @@ from typing import Self
 
 import av
 import numpy as np
-from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from .audio_feed import AudioFeed
 from .errors import OutputError
-from .media import OUTPUT_RATES, AudioTrack
+from .media import AudioTrack
 from .mp4_boxes import top_level_boxes
-from .readback import AAC_FRAME_SAMPLES, AI_DISCLOSURE
+from .readback import AI_DISCLOSURE
 
 __all__ = [
     "AI_DISCLOSURE",
@@ -121,7 +120,7 @@ class FragmentMuxer:
         self._buffer, self._container = self._open_container()
         self._container.metadata.update(_tags(options.tags))
         self._video = _video_stream(self._container, options)
-        self._audio = None if audio is None else _AudioFeed(self._container, audio, options.audio_bitrate)
+        self._audio = None if audio is None else AudioFeed(self._container, audio, options.audio_bitrate)
 
     def __enter__(self) -> Self:
         return self
@@ -131,18 +130,15 @@ class FragmentMuxer:
     ) -> None:
         self.close()
 
-    def encode_audio(self) -> None:
-        """Encode the whole sound now rather than piece by piece in ``write``.
+    def encode_audio_ahead(self) -> None:
+        """Begin to encode the whole sound in a thread, rather than piece by piece in ``write``.
 
-        Optional. It takes 15 to 40 ms per second of sound on one core, and the sound is known before the first
-        frame is: called while the device is busy, it takes that time out of the way of the first fragment.
-
-        Raises:
-            OutputError: The encoder failed.
+        Optional; the first ``write`` waits for it. It takes 15 to 40 ms per second of sound on one core, and the sound
+        is known before the first frame is: called before the frames are computed, it takes that time out of the way of
+        the fragments.
         """
-        with self._encoding():
-            if self._audio is not None:
-                self._audio.encode_all()
+        if self._audio is not None:
+            self._audio.encode_ahead()
 
     def write(self, frames: NDArray[np.uint8]) -> bytes:
         """Encode frames, and the audio up to their end, to one fragment.
@@ -195,6 +191,8 @@ class FragmentMuxer:
             return
         self._closed = True
         with suppress(FFmpegError):  # a mux that failed halfway may not end well either; nobody reads it
+            if self._audio is not None:
+                self._audio.stop()
             self._container.close()
         del self._video, self._audio, self._container, self._buffer
 
@@ -243,65 +241,6 @@ class FragmentMuxer:
             raise OutputError(f"encoding failed after {self.frames_written} frames: {error.strerror}") from error
         finally:
             self.seconds_encoding += time.perf_counter() - start
-
-
-class _AudioFeed:
-    """The AAC encoder and how far it has come."""
-
-    def __init__(self, container: OutputContainer, audio: AudioTrack, bitrate: int) -> None:
-        channels, count = audio.samples.shape
-        if audio.sample_rate not in OUTPUT_RATES or not count:
-            raise ValueError(f"audio of {count} samples at {audio.sample_rate} Hz: allowed rates are {OUTPUT_RATES}")
-        self._samples = audio.samples
-        self._rate = audio.sample_rate
-        self._layout = "mono" if channels == 1 else "stereo"
-        self._fed = 0  # samples that the encoder has taken
-        self._end = 0  # end of the last packet handed out, in samples
-        self._priming = 0
-        self._flushed = False
-        self._ready: deque[Packet] = deque()
-        self.stream: AudioStream = container.add_stream("aac", rate=audio.sample_rate)
-        self.stream.codec_context.layout = self._layout
-        self.stream.codec_context.bit_rate = bitrate  # FFmpeg lowers what the format cannot hold
-
-    def until(self, end_seconds: Fraction | None) -> list[Packet]:
-        """The next packets, up to the first that reaches ``end_seconds``; all that are left for None."""
-        packets: list[Packet] = []
-        while end_seconds is None or self._end < end_seconds * self._rate:
-            while not self._ready and not self._flushed:
-                self._encode_next()
-            if not self._ready:
-                break
-            packet = self._ready.popleft()
-            self._end = (packet.pts or 0) + (packet.duration or 0)
-            packets.append(packet)
-        return packets
-
-    def encode_all(self) -> None:
-        """Encode all that is left, for ``until`` to hand out."""
-        while not self._flushed:
-            self._encode_next()
-
-    def to_media_time(self, packet: Packet) -> None:
-        """Shift a packet by the priming, as the header's edit list expects of all fragments but the first."""
-        if packet.pts is not None:
-            packet.pts += self._priming
-            packet.dts = packet.pts
-
-    def _encode_next(self) -> None:
-        block = self._samples[:, self._fed : self._fed + AAC_FRAME_SAMPLES]
-        frame = None
-        if block.shape[1]:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout=self._layout)
-            frame.sample_rate = self._rate
-            frame.pts = self._fed
-            frame.time_base = Fraction(1, self._rate)
-            self._fed += block.shape[1]
-        self._flushed = frame is None
-        for packet in self.stream.encode(frame):
-            if packet.pts is not None and packet.pts < 0:  # the first one
-                self._priming = -packet.pts
-            self._ready.append(packet)
 
 
 def _video_stream(container: OutputContainer, options: MuxOptions) -> VideoStream:

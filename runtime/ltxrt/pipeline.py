@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .clip_file import ClipFile, check_destination
 from .clip_memory import ClipSize
-from .decode import VideoDecoder
+from .decode import FrameChunk, VideoDecoder
 from .denoise import DenoiseStage
 from .encoders import Conditioning, encode_audio, encode_image, encode_text
 from .engine import Tensor
@@ -125,6 +125,19 @@ class Pipeline:
         with timings.stage("encode"):
             conditioning, notes = self._condition(plan, engines)
         yield Progress("encode", 1, 1)
+        with self._muxer(plan) as muxer:
+            muxer.encode_audio_ahead()
+            latent = yield from self._denoise(plan, conditioning, engines, timings)
+            timings.mark("last_denoise_step")
+            stream, length = self.bundle.manifest.model.stream, plan.preset.decode_chunk_latents
+            decoder = VideoDecoder(engines.video_decoder, stream, length)
+            yield from _deliver(plan, decoder.chunks(latent, plan.frames, plan.rate), muxer, timings)
+        yield summarise(plan, notes, timings, self.bundle, self.store.backend.name)
+
+    def _denoise(
+        self, plan: Plan, conditioning: Conditioning, engines: Engines, timings: Timings
+    ) -> Generator[Progress, None, Tensor]:
+        """Both stages; the clip's latent, [1, channels, frames, height, width]."""
         latent: Tensor | None = None
         initial: NDArray[np.float32] | None = None
         half, full = plan.canvas.halved().to_latent(), plan.canvas.to_latent()
@@ -156,9 +169,7 @@ class Pipeline:
                 latent = step.latent
                 yield Progress(name, step.step, step.steps)
         assert latent is not None  # both stages ran
-        timings.mark("last_denoise_step")
-        yield from self._deliver(plan, grid_of(latent, full), engines, timings)
-        yield summarise(plan, notes, timings, self.bundle, self.store.backend.name)
+        return grid_of(latent, full)
 
     def _condition(self, plan: Plan, engines: Engines) -> tuple[Conditioning, tuple[str, ...]]:
         """Run the encoders; notes say what did not fit."""
@@ -177,11 +188,7 @@ class Pipeline:
             return conditioning, (f"prompt cut by {prompt.dropped_tokens} tokens to the model's context",)
         return conditioning, ()
 
-    def _deliver(self, plan: Plan, latent: Tensor, engines: Engines, timings: Timings) -> Iterator[Progress | Fragment]:
-        """Decode, encode and mux, chunk by chunk."""
-        decoder = VideoDecoder(
-            engines.video_decoder, self.bundle.manifest.model.stream, plan.preset.decode_chunk_latents
-        )
+    def _muxer(self, plan: Plan) -> FragmentMuxer:
         options = MuxOptions(
             width=plan.canvas.width,
             height=plan.canvas.height,
@@ -191,28 +198,33 @@ class Pipeline:
             audio_bitrate=plan.preset.audio_bitrate,
             tags={"model": self.bundle.manifest.model.name},
         )
-        most = TEMPORAL_COMPRESSION * plan.preset.decode_chunk_latents
-        with FragmentMuxer(options, plan.output_audio) as muxer:
-            chunks = decoder.chunks(latent, plan.frames, plan.rate)
-            while True:
-                with timings.stage("decode"):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                timings.note("last_chunk_decoded")
-                # The last chunk holds all that was held back for the look-ahead; a short clip is one such chunk.
-                for start in range(0, len(chunk.frames), most):
-                    with timings.stage("mux"):
-                        data = muxer.write(chunk.frames[start : start + most])
-                    if data:
-                        timings.mark("first_fragment")
-                        yield Fragment(data)
-                    yield Progress("decode", muxer.frames_written, plan.frames)
+        return FragmentMuxer(options, plan.output_audio)
+
+
+def _deliver(
+    plan: Plan, chunks: Iterator[FrameChunk], muxer: FragmentMuxer, timings: Timings
+) -> Iterator[Progress | Fragment]:
+    """Decode, encode and mux, chunk by chunk."""
+    most = TEMPORAL_COMPRESSION * plan.preset.decode_chunk_latents
+    while True:
+        with timings.stage("decode"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            break
+        timings.note("last_chunk_decoded")
+        # The last chunk holds all that was held back for the look-ahead; a short clip is one such chunk.
+        for start in range(0, len(chunk.frames), most):
             with timings.stage("mux"):
-                data = muxer.finish()
-            timings.add_backend("media_encoders", muxer.seconds_encoding)
+                data = muxer.write(chunk.frames[start : start + most])
             if data:
+                timings.mark("first_fragment")
                 yield Fragment(data)
+            yield Progress("decode", muxer.frames_written, plan.frames)
+    with timings.stage("mux"):
+        data = muxer.finish()
+    timings.add_backend("media_encoders", muxer.seconds_encoding)
+    if data:
+        yield Fragment(data)
 
 
 def _fragments(events: Generator[Event]) -> Generator[bytes]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from ltxrt.errors import ExportError
 from ltxrt_export import published
 from ltxrt_export.networks import video_decoder
-from ltxrt_export.networks.video_decoder import FramewiseVideoDecoder, StreamLayout, VideoDecoder, stream_layout
+from ltxrt_export.networks.video_decoder import StreamLayout, VideoDecoder, stream_layout
+from ltxrt_export.networks.video_decoder_framewise import FramewiseVideoDecoder
 from ltxrt_export.onnx_export import export_model
 from ltxrt_export.vae_blocks import video_vae_options
 from ltxrt_export.weights import TensorFile
@@ -96,7 +97,7 @@ def network(vae: AutoencoderKLLTX2Video) -> VideoDecoder:
     return VideoDecoder(vae).eval()
 
 
-@pytest.mark.parametrize("chunks", [[10], [8, 1, 2]])
+@pytest.mark.parametrize("chunks", [[1], [2], [10], [8, 1], [8, 1, 2, 1]])
 def test_framewise_is_the_same_decoder(vae: AutoencoderKLLTX2Video, network: VideoDecoder, chunks: list[int]) -> None:
     """Frames and caches, in fp64 so that nothing but an error can differ."""
     framewise = FramewiseVideoDecoder(vae).eval()
@@ -190,7 +191,9 @@ def test_minimum_first_chunk_is_the_least_that_runs(layers: tuple[int, ...]) -> 
         network.rgb(latent[:, :, 1:], *edges, *states)
 
 
-def test_pictures_are_the_reference_conversion(vae: AutoencoderKLLTX2Video, network: VideoDecoder) -> None:
+@pytest.mark.parametrize("kind", [VideoDecoder, FramewiseVideoDecoder])
+def test_pictures_are_the_reference_conversion(vae: AutoencoderKLLTX2Video, kind: type[VideoDecoder]) -> None:
+    network = kind(vae).eval()
     latent = latents(9, 2, 3)
     pictures = torch.cat(streamed(network, network.layout, latent, [8, 1])).numpy()
     rgb = whole(vae, latent)[0].transpose(0, 1).numpy()

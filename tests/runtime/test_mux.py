@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -198,7 +199,7 @@ def test_the_finished_file_does_not_depend_on_the_chunks(
     for name, chunked in (("whole", count), ("chunked", iter(sizes))):
         muxer = FragmentMuxer(options(rate), audio)
         if ahead and name == "chunked":
-            muxer.encode_audio()
+            muxer.encode_audio_ahead()
         (folder / name).write_bytes(b"".join(fragments(muxer, pictures(count), chunked)))
         faststart(folder / name, folder / f"{name}.mp4")
         digests.add(hashlib.sha256((folder / f"{name}.mp4").read_bytes()).hexdigest())
@@ -208,7 +209,7 @@ def test_the_finished_file_does_not_depend_on_the_chunks(
 def test_audio_encoded_ahead_gives_the_same_bytes() -> None:
     audio = sound(50_000, 48_000, 2)
     ahead = FragmentMuxer(options(Fraction(24)), audio)
-    ahead.encode_audio()
+    ahead.encode_audio_ahead()
     assert b"".join(fragments(ahead, pictures(25))) == stream(Fraction(24), 25, audio)
 
 
@@ -320,14 +321,15 @@ def test_an_unknown_x264_preset_is_one_clear_error() -> None:
         muxer.write(pictures(1))
 
 
-def test_sound_that_is_not_finite_is_one_clear_error() -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_sound_that_is_not_finite_is_one_clear_error(ahead: bool) -> None:
     track = sound(4096, 48_000, 1)
     track.samples[0, 2000] = np.nan
-    with (
-        FragmentMuxer(options(Fraction(24)), track) as muxer,
-        pytest.raises(OutputError, match="encoding failed after 0 frames"),
-    ):
-        muxer.encode_audio()
+    with FragmentMuxer(options(Fraction(24)), track) as muxer:
+        if ahead:
+            muxer.encode_audio_ahead()
+        with pytest.raises(OutputError, match="encoding failed after 24 frames"):
+            muxer.write(pictures(24))
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -360,6 +362,18 @@ def test_an_abandoned_stream_releases_its_encoders() -> None:
     running = fragments(muxer, pictures(25))
     next(running)
     running.close()
+    with pytest.raises(ValueError, match="the muxer is closed"):
+        muxer.write(pictures(1))
+
+
+def test_closing_ends_what_is_encoded_ahead() -> None:
+    muxer = FragmentMuxer(options(Fraction(24)), sound(60 * 48_000, 48_000, 2))
+    muxer.encode_audio_ahead()
+    assert "ltxrt-aac_0" in {thread.name for thread in threading.enumerate()}
+    start = time.perf_counter()
+    muxer.close()
+    # A minute of sound takes 0.9 s and more.
+    assert time.perf_counter() - start < 0.5
     with pytest.raises(ValueError, match="the muxer is closed"):
         muxer.write(pictures(1))
 

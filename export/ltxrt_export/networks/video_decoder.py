@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     AutoencoderKLLTX2Video,
@@ -28,8 +29,8 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     LTX2VideoResnetBlock3d,
     LTX2VideoUpsampler3d,
 )
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ltxrt.errors import ExportError
 from ltxrt_export.weights import TensorRef
@@ -37,14 +38,12 @@ from ltxrt_kernels import rgb_to_yuv420
 
 from .spec import Axis, NetworkSpec, Port
 
-__all__ = ["FramewiseVideoDecoder", "StreamLayout", "StreamState", "VideoDecoder", "spec", "stream_layout"]
+__all__ = ["CACHED_FRAMES", "StreamLayout", "StreamState", "VideoDecoder", "spec", "stages", "stream_layout"]
 
 #: Frames that a temporal convolution of kernel 3 keeps of its input.
 CACHED_FRAMES = 2
 
 Forward = Callable[..., tuple[Tensor, ...]]
-#: A temporal convolution of kernel 3, applied to its padded input.
-Convolve = Callable[[nn.Conv3d, Tensor], Tensor]
 Stage = LTX2VideoResnetBlock3d | LTX2VideoUpsampler3d
 
 
@@ -98,6 +97,11 @@ class VideoDecoder(nn.Module):
         self.register_buffer("latents_std", vae.latents_std)
         self.layout = stream_layout(vae.decoder)
 
+    @property
+    def constants(self) -> dict[str, NDArray[np.float32]]:
+        """Values of the buffers that are no weights, see ``NetworkSpec``."""
+        return {}
+
     def forward(self, latent: Tensor, first: Tensor, last: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Decode one chunk.
 
@@ -139,75 +143,32 @@ class VideoDecoder(nn.Module):
         return decoder.conv_out.conv(edges.pad(hidden)), edges.next_states
 
 
-class FramewiseVideoDecoder(VideoDecoder):
-    """The same decoder for ONNX Runtime on CPUs: a batch of frames, and three convolutions in place of one in time.
-
-    Its kernels for convolutions of pictures reach twice the speed of the one for volumes, which unrolls its input
-    and multiplies matrices with few rows. Sums are added up in another order, nothing else differs.
-    """
-
-    def decode(
-        self, latent: Tensor, first: Tensor, last: Tensor, states: Iterable[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See ``VideoDecoder.decode``; inside, everything is [T, channels, height, width]."""
-        edges = _Edges(first.shape[0], last.shape[0], (state[0].transpose(0, 1) for state in states), time_axis=0)
-        decoder, statistics = self.decoder, (1, -1, 1, 1)
-        hidden = latent[0].transpose(0, 1)
-        hidden = hidden * self.latents_std.view(statistics) + self.latents_mean.view(statistics)
-        hidden = convolved_framewise(decoder.conv_in.conv, edges.pad(hidden))
-        for stage in stages(decoder):
-            if isinstance(stage, LTX2VideoResnetBlock3d):
-                hidden = resnet(stage, hidden, edges, convolved_framewise)
-            else:
-                hidden = upsample_framewise(stage, hidden, edges)
-        hidden = decoder.conv_act(decoder.norm_out(hidden))
-        packed = convolved_framewise(decoder.conv_out.conv, edges.pad(hidden))
-        return packed.transpose(0, 1)[None], [state.transpose(0, 1)[None] for state in edges.next_states]
-
-
 class _Edges:
     """What precedes and follows the chunk at every temporal convolution; collects the next caches."""
 
-    def __init__(self, heads: int, tails: int, states: Iterator[Tensor], time_axis: int = 2) -> None:
+    def __init__(self, heads: int, tails: int, states: Iterator[Tensor]) -> None:
         self.heads = heads
         self.tails = tails
-        self.time_axis = time_axis
         self.next_states: list[Tensor] = []
         self._states = states
 
     def pad(self, hidden: Tensor) -> Tensor:
         """``cache + heads * first frame + hidden + tails * last frame``, and its end kept as the next cache."""
-        axis = self.time_axis
-        sizes = [-1] * hidden.ndim
-        head = hidden.narrow(axis, 0, 1).expand(*sizes[:axis], self.heads, *sizes[axis + 1 :])
-        final = hidden[:, :, -1:] if axis == 2 else hidden[-1:]
-        tail = final.expand(*sizes[:axis], self.tails, *sizes[axis + 1 :])
-        padded = torch.cat([next(self._states), head, hidden, tail], dim=axis)
-        self.next_states.append(padded[:, :, -CACHED_FRAMES:] if axis == 2 else padded[-CACHED_FRAMES:])
+        head = hidden[:, :, :1].expand(-1, -1, self.heads, -1, -1)
+        tail = hidden[:, :, -1:].expand(-1, -1, self.tails, -1, -1)
+        padded = torch.cat([next(self._states), head, hidden, tail], dim=2)
+        self.next_states.append(padded[:, :, -CACHED_FRAMES:])
         return padded
 
 
-def convolved(convolution: nn.Conv3d, padded: Tensor) -> Tensor:
-    """[1, C, T + 2, H, W] to [1, channels, T, H, W]."""
-    return convolution(padded)
-
-
-def convolved_framewise(convolution: nn.Conv3d, padded: Tensor) -> Tensor:
-    """[T + 2, C, H, W] to [T, channels, H, W]: the kernel's three moments, each a convolution of pictures."""
-    before, at, after = (convolution.weight[:, :, moment] for moment in range(3))
-    hidden = functional.conv2d(padded[:-2], before, convolution.bias, padding=1)
-    hidden = hidden + functional.conv2d(padded[1:-1], at, padding=1)
-    return hidden + functional.conv2d(padded[2:], after, padding=1)
-
-
-def resnet(block: LTX2VideoResnetBlock3d, hidden: Tensor, edges: _Edges, convolve: Convolve = convolved) -> Tensor:
+def resnet(block: LTX2VideoResnetBlock3d, hidden: Tensor, edges: _Edges) -> Tensor:
     """A residual block. Norm and activation are per frame, so the first cache also serves the skip."""
     padded = edges.pad(hidden)
-    hidden = convolve(block.conv1.conv, block.nonlinearity(block.norm1(padded)))
-    hidden = convolve(block.conv2.conv, edges.pad(block.nonlinearity(block.norm2(hidden))))
+    hidden = block.conv1.conv(block.nonlinearity(block.norm1(padded)))
+    hidden = block.conv2.conv(edges.pad(block.nonlinearity(block.norm2(hidden))))
     # Gathered by index: a slice would tie the lengths of cache, head and tail to each other in the trace.
-    frames = torch.arange(hidden.shape[edges.time_axis], device=hidden.device) + edges.heads
-    return hidden + padded.index_select(edges.time_axis, frames)
+    frames = torch.arange(hidden.shape[2], device=hidden.device) + edges.heads
+    return hidden + padded.index_select(2, frames)
 
 
 def upsample(block: LTX2VideoUpsampler3d, hidden: Tensor, edges: _Edges) -> Tensor:
@@ -220,18 +181,6 @@ def upsample(block: LTX2VideoUpsampler3d, hidden: Tensor, edges: _Edges) -> Tens
     hidden = hidden.permute(0, 1, 5, 2, 6, 3, 7, 4)
     hidden = hidden.reshape(1, channels, frames * time, height * rows, width * columns)
     return hidden if time == 1 else hidden[:, :, edges.heads :]
-
-
-def upsample_framewise(block: LTX2VideoUpsampler3d, hidden: Tensor, edges: _Edges) -> Tensor:
-    """As ``upsample``, on [T, channels, height, width]."""
-    time, rows, columns = block.stride
-    hidden = convolved_framewise(block.conv.conv, edges.pad(hidden))
-    frames, packed, height, width = hidden.shape
-    channels = packed // (time * rows * columns)
-    hidden = hidden.reshape(frames, channels, time, rows, columns, height, width)
-    hidden = hidden.permute(0, 2, 1, 5, 3, 6, 4)
-    hidden = hidden.reshape(frames * time, channels, height * rows, width * columns)
-    return hidden if time == 1 else hidden[edges.heads :]
 
 
 def packed_to_yuv420(packed: Tensor, patch: int) -> Tensor:
@@ -336,16 +285,16 @@ def with_named_inputs(forward: Forward, names: list[str]) -> Forward:
 
 
 def spec(
-    vae: AutoencoderKLLTX2Video, weights: Mapping[str, TensorRef], *, framewise: bool = False
+    vae: AutoencoderKLLTX2Video, weights: Mapping[str, TensorRef], kind: type[VideoDecoder] = VideoDecoder
 ) -> tuple[NetworkSpec, StreamLayout]:
     """The ``video_decoder`` network and its stream layout, for the manifest.
 
     Args:
         vae: In eval mode; real or fake tensors.
         weights: Stored tensors by the VAE's parameter names; those of the encoder are not used.
-        framewise: For CPUs, see ``FramewiseVideoDecoder``.
+        kind: How it is written down; ``FramewiseVideoDecoder`` is for CPUs.
     """
-    module = (FramewiseVideoDecoder if framewise else VideoDecoder)(vae).eval()
+    module = kind(vae).eval()
     layout = module.layout
     channels = module.latents_mean.shape[0]
     scale = layout.states[-1].space_scale * module.decoder.patch_size
@@ -379,5 +328,6 @@ def spec(
             "t": Axis(1, 481, 2),
         },
         weights={name: weights[name] for name in module.state_dict()},
+        constants=module.constants,
     )
     return network, layout
