@@ -52,7 +52,7 @@ class SandboxLink:
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 cwd=self._folder,
-                start_new_session=True,
+                process_group=0,  # out of Ctrl-C's reach
             )
         self._control = ours
         # It says nothing; what is to be read is its end, which is seen to now so that no dead process lies about.

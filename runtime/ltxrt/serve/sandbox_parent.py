@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Fork for every order on stdin, until it ends."""
-    # Ctrl-C and a service manager's SIGTERM reach the whole group; the server alone decides when this ends.
+    # A service manager's SIGTERM reaches every process of a service; the server alone decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     files = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])

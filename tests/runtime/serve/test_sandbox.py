@@ -40,17 +40,17 @@ async def sandbox(**limits):
         await opened.close()
 
 
-def session(parent):
-    """Process ids of a session but for its leader's, the dead that nobody has reaped among them."""
+def children(parent):
+    """Process ids, the dead that nobody has reaped among them."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) == parent:
+        if int(fields[1]) == parent:
             found.add(int(folder.name))
-    return found - {parent}
+    return found
 
 
 def there(process):
@@ -69,11 +69,11 @@ async def held(opened, speech, target):
     """A reading that waits for somebody to read ``target``, and the process that does it."""
     os.mkfifo(target)
     opened.prepare()
-    before = session(opened.process_id)
+    before = children(opened.process_id)
     reading = asyncio.create_task(opened.read("audio", speech, target, "input_audio"))
 
     def confined():
-        new = [each for each in session(opened.process_id) - before if limits_of(each).get("Max open files") == "32"]
+        new = [each for each in children(opened.process_id) - before if limits_of(each).get("Max open files") == "32"]
         return new[0] if new else None
 
     return reading, await until(confined)
@@ -97,15 +97,15 @@ def test_files_at_once_each_have_a_process_of_their_own(tmp_path, speech):
     async def run():
         async with sandbox(at_once=3) as opened:
             readings, processes = zip(*[await held(opened, speech, tmp_path / str(n)) for n in range(3)], strict=True)
-            assert session(opened.process_id) == set(processes)
+            assert children(opened.process_id) == set(processes)
             assert len({os.getpgid(each) for each in processes} - {opened.process_id}) == 3
             late = asyncio.create_task(opened.read("audio", speech, tmp_path / "late", "input_audio"))
             await asyncio.sleep(0.1)
-            assert len(session(opened.process_id)) == 3  # no more than may read at once
+            assert len(children(opened.process_id)) == 3  # no more than may read at once
             written = await asyncio.gather(*(asyncio.to_thread((tmp_path / str(n)).read_bytes) for n in range(3)))
             assert await asyncio.gather(*readings, late) == [READ] * 4
             assert set(written) == {(tmp_path / "late").read_bytes()}
-            assert not session(opened.process_id)
+            assert not children(opened.process_id)
 
     asyncio.run(run())
 
@@ -132,7 +132,7 @@ def test_what_a_file_s_process_may_do(tmp_path, speech, monkeypatch):
                 assert all(link.startswith(("socket:", "pipe:", "anon_inode:", null)) for link in files(parent))
                 for process in (child, parent):
                     assert not set(files(process)) & {str(Path(f"/proc/self/fd/{listening.fileno()}").readlink())}
-                assert os.getsid(child) == os.getsid(parent) == parent
+                assert (os.getpgid(child), os.getpgid(parent)) == (child, parent)
                 assert len(list(Path(f"/proc/{parent}/task").iterdir())) == 1  # or a fork would not be whole
                 for process in (child, parent):
                     names = environment(process)
@@ -141,7 +141,7 @@ def test_what_a_file_s_process_may_do(tmp_path, speech, monkeypatch):
                     assert network(child) != network(os.getpid())
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
-                assert not session(parent)  # whoever goes away leaves no process
+                assert not children(parent)  # whoever goes away leaves no process
 
     asyncio.run(run())
 
@@ -237,7 +237,7 @@ def test_many_files_leave_nothing(tmp_path, speech):
                 reads = [opened.read("audio", each, tmp_path / f"{n}", "input_audio") for n, each in enumerate(sources)]
                 outcomes = await asyncio.gather(*reads, return_exceptions=True)
                 assert [isinstance(outcome, MediaError) for outcome in outcomes] == [False, True, True, False]
-            assert not session(parent)
+            assert not children(parent)
             await until(lambda: (len(files(os.getpid())), len(files(parent))) == idle)
             assert opened.process_id == parent
         assert not there(parent)
@@ -350,7 +350,7 @@ def test_an_order_that_is_none(tmp_path):
             parent = opened.process_id
             assert await opened.ask(b"nonsense", 20) == b""
             assert opened.process_id == parent
-            assert not session(parent)
+            assert not children(parent)
         opened.start()
         assert opened.process_id is None  # closed is closed
         assert await opened.ask(b"nonsense", 20) == b""
@@ -389,10 +389,12 @@ def test_all_end_with_the_server(tmp_path, speech, busy):
     os.mkfifo(tmp_path / "out")
     command = [sys.executable, "-c", SERVER, str(tmp_path), str(speech)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
-        parent = int(server.stdout.readline())
-        if busy:
-            (child,) = asyncio.run(until(lambda: session(parent)))
-        server.kill()
-    asyncio.run(until(lambda: not there(parent) and not session(parent)))
+        try:
+            parent = int(server.stdout.readline())
+            if busy:
+                (child,) = asyncio.run(until(lambda: children(parent)))
+        finally:
+            server.kill()
+    asyncio.run(until(lambda: not there(parent)))
     if busy:
-        assert not there(child)
+        asyncio.run(until(lambda: not there(child)))
