@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -206,13 +205,6 @@ def test_the_finished_file_does_not_depend_on_the_chunks(
     assert len(digests) == 1
 
 
-def test_audio_encoded_ahead_gives_the_same_bytes() -> None:
-    audio = sound(50_000, 48_000, 2)
-    ahead = FragmentMuxer(options(Fraction(24)), audio)
-    ahead.encode_audio_ahead()
-    assert b"".join(fragments(ahead, pictures(25))) == stream(Fraction(24), 25, audio)
-
-
 _CLIP_HASH = """
 import hashlib, os, sys
 from fractions import Fraction
@@ -362,18 +354,6 @@ def test_an_abandoned_stream_releases_its_encoders() -> None:
     running = fragments(muxer, pictures(25))
     next(running)
     running.close()
-    with pytest.raises(ValueError, match="the muxer is closed"):
-        muxer.write(pictures(1))
-
-
-def test_closing_ends_what_is_encoded_ahead() -> None:
-    muxer = FragmentMuxer(options(Fraction(24)), sound(60 * 48_000, 48_000, 2))
-    muxer.encode_audio_ahead()
-    assert "ltxrt-aac_0" in {thread.name for thread in threading.enumerate()}
-    start = time.perf_counter()
-    muxer.close()
-    # A minute of sound takes 0.9 s and more.
-    assert time.perf_counter() - start < 0.5
     with pytest.raises(ValueError, match="the muxer is closed"):
         muxer.write(pictures(1))
 
