@@ -5,7 +5,7 @@ import asyncio
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 __all__ = ["SandboxLink"]
@@ -44,7 +44,8 @@ class SandboxLink:
         # threads on import would be forked without them.
         path = str(Path(__file__).parents[2])
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
-        with its:
+        with ExitStack() as unused, its:
+            unused.callback(ours.close)
             self._process = subprocess.Popen(
                 (sys.executable, "-P", "-m", "ltxrt.serve.sandbox_parent"),
                 stdin=its.fileno(),
@@ -54,6 +55,7 @@ class SandboxLink:
                 cwd=self._folder,
                 process_group=0,  # out of Ctrl-C's reach
             )
+            unused.pop_all()
         self._control = ours
         # It says nothing; what is to be read is its end, which is seen to now so that no dead process lies about.
         asyncio.get_running_loop().add_reader(ours, self._remove)
