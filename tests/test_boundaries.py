@@ -120,7 +120,8 @@ def test_only_the_server_knows_of_the_web():
     users = {module_of(path) for path in sources("ltxrt") if {name.split(".")[0] for name in imports(path)} & web}
     assert all(user.startswith("ltxrt.serve.") for user in users)
     # A worker process has no use for it, and starts faster without.
-    lean = {f"ltxrt.serve.{name}" for name in ("job", "store", "clip_job", "worker", "ray_replica", "sandbox_child")}
+    names = ("job", "store", "clip_job", "worker", "ray_replica", "sandbox_child", "sandbox_parent")
+    lean = {f"ltxrt.serve.{name}" for name in names}
     assert not users & lean
 
 

@@ -211,7 +211,7 @@ def soak(folder: Path, calls: int, kill_every: int, sound: str) -> dict[str, Any
     empty = ("lost", "wrong", "folders_without_a_job", "jobs_with_other_files", "incoming_left", "temporary_left")
     server = found["server"]
     flat = server["server_rss_grew_mb"] < FLAT_MB
-    # Idle, it holds no more than while it was busy early on; the workers and the sandbox's next process wait.
+    # Idle, it holds no more than while it was busy early on; the workers and the sandbox's process that forks wait.
     few = server["idle_at_the_end"]["server_descriptors"] <= server["early"]["server_descriptors"]
     idle = few and server["idle_at_the_end"]["processes"] == 1 + SLOTS + 1
     clean = not found["processes_left"] and not found["jobs_with_one_key_twice"]
