@@ -77,7 +77,7 @@ class _Declared:
 
 
 class DeviceEngine:
-    """One network on a device (see ``Engine``). Safe to share between threads; a capture is one thread's.
+    """One network on a device (see ``Engine``). Safe to share between threads; a capture is one user's at a time.
 
     Args:
         ports: Its name and declared ports.
@@ -188,7 +188,9 @@ class DeviceCapture:
 
     def replay(self) -> None:
         """See ``Capture.replay``; nothing waits for the result."""
-        self._open().launch()
+        bound = self._open()
+        self._device.make_current()
+        bound.launch()
 
     def iterate(
         self, steps: Sequence[Mapping[str, Array]], carried: Mapping[str, str]
@@ -223,6 +225,7 @@ class DeviceCapture:
             return kept, self._device.compute.record()
 
     def _finished(self, outputs: dict[str, DeviceTensor], done: Any) -> dict[str, DeviceTensor]:
+        self._device.make_current()
         with self._device.errors(self._name):
             done.sync()
         return outputs
@@ -231,6 +234,7 @@ class DeviceCapture:
         """Let others have it; twice does no harm."""
         if self._bound is not None:
             self._bound = None
+            self._device.make_current()  # the pool may drop another one for it
             self._give_back()
 
     def _open(self) -> Bound:

@@ -7,7 +7,8 @@ Checked against the interface of cuda-core 1.2; it has never run on a GPU.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import EngineError
@@ -55,7 +56,7 @@ def capture_graph(device: Device, work: Callable[[Stream], None], what: str) -> 
         device.compute.sync()
     builder = device.graph_builder()
     try:
-        with device.errors(f"capturing {what}"):
+        with _told(what), device.errors(f"capturing {what}"):
             # Other threads may allocate meanwhile; only this one's calls count.
             builder.begin_building(mode="thread_local")
             work(device.inside(builder.stream))
@@ -65,9 +66,24 @@ def capture_graph(device: Device, work: Callable[[Stream], None], what: str) -> 
                 raise EngineError(f"{what}: the captured CUDA graph is empty")
             graph = builder.complete()
             graph.upload(device.compute.raw)
-    finally:
-        builder.close()
+    except EngineError:
+        # What ends a capture that has been spoiled fails as well; the reason is what was told first.
+        with suppress(EngineError), device.errors(f"ending the capture of {what}"):
+            builder.close()
+        raise
+    builder.close()
     return CapturedGraph(graph, nodes)
+
+
+@contextmanager
+def _told(what: str) -> Generator[None]:
+    """Errors of cuda-core's own that are not CUDA's, of a capture that was spoiled or a graph that is none."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except RuntimeError as error:
+        raise EngineError(f"{what} cannot be captured: {' '.join(str(error).split())}") from error
 
 
 class Closable(Protocol):

@@ -98,18 +98,20 @@ class HostCopy:
         self._tensor: DeviceTensor | None = tensor
         self._device = tensor.device
         self._device.make_current()
-        self._block = self._device.pinned.take(tensor.nbytes)
         copies, compute = self._device.copies, self._device.compute
-        copies.wait(compute.record())
-        if tensor.nbytes:
-            copies.download(self._block.address, tensor.address, tensor.nbytes)
-        self._done = copies.record()
+        with self._device.errors("copying a result to the host"):
+            self._block = self._device.pinned.take(tensor.nbytes)
+            copies.wait(compute.record())
+            if tensor.nbytes:
+                copies.download(self._block.address, tensor.address, tensor.nbytes)
+            self._done = copies.record()
 
     def wait(self) -> Array:
         """The values. The array is the caller's; its memory is used again once no view of it is left."""
         tensor = self._tensor
         if tensor is None:
             raise ValueError("the copy has been handed out already")
+        self._device.make_current()
         with self._device.errors("copying a result to the host"):
             self._done.sync()
         self._tensor = None
@@ -118,6 +120,7 @@ class HostCopy:
     def __del__(self) -> None:
         if getattr(self, "_tensor", None) is not None and hasattr(self, "_done"):
             # Nobody waited: what lies at the source must not be overwritten before it has been read.
+            self._device.make_current()
             self._device.compute.wait(self._done)
             self._device.pinned.give_back(self._block, self._done)
 
@@ -158,7 +161,8 @@ class PinnedPool:
 
     def __init__(self, allocate: Callable[[int], PinnedBlock]) -> None:
         self._allocate = allocate
-        self._lock = threading.Lock()
+        # Blocks come back from finalizers, which run in the middle of anything: of ``take`` in the same thread too.
+        self._lock = threading.RLock()
         self._idle: dict[int, list[tuple[PinnedBlock, Any]]] = {}
 
     def take(self, size_bytes: int) -> PinnedBlock:

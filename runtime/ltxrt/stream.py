@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One GPU for the runtime: two streams, memory, and copies between host and device.
 
-Everything is computed on one stream, in the order in which it was handed over, whichever thread did so: that is what
+Everything is computed in the order of one stream, in which it was handed over, whichever thread did so: that is what
 lets all engines share their working memory, and tensors follow each other without waiting. A second stream copies
 results out beside it. Only ``np.asarray`` of a device tensor, a ``HostCopy`` and ``sync`` wait.
 
@@ -112,7 +112,9 @@ class Layout(Protocol):
 
 
 class Device:
-    """An opened GPU. Safe to share between threads, each of which calls ``make_current`` first.
+    """An opened GPU. Safe to share between threads: a clip's steps need not come from the same one.
+
+    What hands work over or asks the driver here makes the GPU current first; who calls CUDA otherwise does so himself.
 
     Args:
         gpu: As the driver tells it.
@@ -136,9 +138,7 @@ class Device:
         with self.errors("opening the GPU"):
             self._raw = core.Device(gpu.index)
             self.make_current()
-            options = core.StreamOptions(nonblocking=True)
-            self.compute = Stream(self._raw.create_stream(options=options), driver)
-            self.copies = Stream(self._raw.create_stream(options=options), driver)
+            self.compute, self.copies = self.new_stream(), self.new_stream()
         host = core.LegacyPinnedMemoryResource()
         self.pinned = PinnedPool(lambda size: PinnedBlock(host.allocate(size)))
         self.scratch = Scratch(self.allocate)
@@ -148,10 +148,19 @@ class Device:
         """Make it the GPU that CUDA uses in the calling thread. Deserialised engines belong to the current one."""
         if not getattr(self._local, "current", False):
             self._raw.set_current()
+            # ONNX Runtime captures in a mode that forbids every other thread to allocate, unless it declares this one.
+            self._driver.cuThreadExchangeStreamCaptureMode(
+                self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+            )
             self._local.current = True
+
+    def new_stream(self) -> Stream:
+        """A stream that waits for no other; its maker closes it."""
+        return Stream(self._raw.create_stream(options=self._core.StreamOptions(nonblocking=True)), self._driver)
 
     def free_bytes(self) -> int:
         """Memory that an allocation could get: the device's free memory and what the pool holds unused."""
+        self.make_current()
         result, free, _total = self._driver.cuMemGetInfo()
         if int(result):
             raise EngineError(f"the GPU refuses cuMemGetInfo: {result.name}")
@@ -169,6 +178,7 @@ class Device:
             EngineError: There is no such block; the message says how much is free.
         """
         size = max(ALIGNMENT_BYTES, size_bytes)
+        self.make_current()
         try:
             with self.errors(f"allocating {_gib(size)}"):
                 return DeviceMemory(self._raw.allocate(size, stream=self.compute.raw))
@@ -202,6 +212,7 @@ class Device:
         """Overwrite a tensor with one of the same size, in the order of the compute stream; nothing waits."""
         if value.nbytes == 0:
             return
+        self.make_current()
         if isinstance(value, DeviceTensor) and value.device is self:
             if value.address != target.address:
                 self.compute.copy(target.address, value.address, value.nbytes)

@@ -243,6 +243,8 @@ class HostCuda:
             cuMemsetD32Async=self._write_words,
             cuGraphGetNodes=lambda work: (Result.CUDA_SUCCESS, [], len(work)),
             CUDA_MEMCPY2D=SimpleNamespace,
+            cuThreadExchangeStreamCaptureMode=lambda mode: (Result.CUDA_SUCCESS, mode),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
             CUmemorytype=SimpleNamespace(CU_MEMORYTYPE_DEVICE=2),
             cuMemGetInfo=lambda: (Result.CUDA_SUCCESS, self.memory_bytes - self.used, self.memory_bytes),
         )

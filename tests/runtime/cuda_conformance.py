@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # Before anything looks for it; the bindings find its functions among those of the process.
@@ -48,6 +49,23 @@ def parts(device: Device) -> bool:
     values = np.arange(2 * 5 * 7, dtype=np.float32).reshape(1, 2, 5, 7)
     part = device.part(device.place(values), 2, 1, 4)
     return np.array_equal(np.asarray(part), values[:, :, 1:4])
+
+
+def in_a_new_thread(work: Callable[[], Any]) -> Any:
+    """In a thread in which nothing of CUDA has been called yet."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+def elsewhere(device: Device) -> bool:
+    """Everything that a clip asks of the device, each in a thread of its own: whoever takes its events may change."""
+    values = np.arange(3000, dtype=np.float32).reshape(1, 3, 1000)
+    tensor = in_a_new_thread(lambda: device.place(values))
+    part = in_a_new_thread(lambda: device.part(tensor, 1, 1, 2))
+    in_a_new_thread(lambda: device.write(tensor, np.ones_like(values)))
+    copy = in_a_new_thread(part.fetch)
+    found = in_a_new_thread(copy.wait)
+    return in_a_new_thread(device.free_bytes) > 0 and np.array_equal(found, values[:, 1:2])
 
 
 def graph(device: Device) -> dict[str, Any]:
@@ -109,7 +127,10 @@ def memory(device: Device) -> dict[str, Any]:
 
 
 def loop(device: Device) -> dict[str, Any]:
-    """The denoiser's loop on ONNX Runtime's CPU provider, bound to this device's memory, against the CPU engine."""
+    """The denoiser's loop on ONNX Runtime's CPU provider, bound to this device's memory, against the CPU engine.
+
+    Each step is taken in another thread, as a server may take the pieces of a clip.
+    """
     bundle = Bundle.open()
     entry = bundle.network("high", "denoiser")
     ports = tuple(port.spec() for port in entry.inputs), tuple(port.spec() for port in entry.outputs)
@@ -132,9 +153,11 @@ def loop(device: Device) -> dict[str, Any]:
     ]
     plain = OnnxEngine("denoiser", path, *ports, threads=1).capture(feeds)
     wanted = [np.array(step["latent_next"]) for step in iterate(plain, levels, {"latent_next": "latent"})]
-    found = [
-        np.asarray(step["latent_next"]) for step in iterate(engine.capture(feeds), levels, {"latent_next": "latent"})
-    ]
+    capture = in_a_new_thread(lambda: engine.capture(feeds))
+    steps = iterate(capture, levels, {"latent_next": "latent"})
+    found = []
+    while step := in_a_new_thread(lambda: next(steps, None)):
+        found.append(in_a_new_thread(lambda kept=step: np.asarray(kept["latent_next"])))
     return {"steps": len(found), "equal": all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))}
 
 
@@ -145,6 +168,7 @@ def main() -> None:
         "capability": list(device.gpu.compute_capability),
         "round_trips": round_trips(device),
         "parts": parts(device),
+        "elsewhere": elsewhere(device),
         "graph": graph(device),
         "loop": loop(device),
         "memory": memory(device),

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A driver library with one GPU whose memory is the host's: enough of the driver's interface for the real cuda-core and
 // cuda-bindings to run the runtime's device layer on it. Work is done when it is handed over; while a stream captures,
-// copies and fills are recorded, and a launched graph does them. Kernels are not run.
+// copies and fills are recorded, and a launched graph does them. Kernels are not run. A context is current in one thread,
+// and what needs one fails in the others.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
@@ -10,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { INVALID = 1, MEMORY = 2, NOT_FOUND = 500, UNSUPPORTED = 801 };
+enum { INVALID = 1, MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, UNSUPPORTED = 801 };
 enum { ALIGNMENT = 256 };
 
 typedef struct Operation {
@@ -23,7 +24,7 @@ typedef struct Graph { Operation operations[256]; size_t count; } Graph;
 typedef struct Stream { Graph *captured; unsigned flags; uint64_t id; } Stream;
 
 static size_t memory_limit = (size_t)1 << 30, used = 0, peak = 0;
-static void *current = NULL;
+static _Thread_local void *current = NULL;
 static char context, pool;
 static uint64_t streams = 0, stream_count = 0, event_count = 0, graph_count = 0;
 
@@ -53,7 +54,8 @@ int cuCtxGetCurrent(void **found) { *found = current; return 0; }
 int cuCtxSetCurrent(void *wanted) { current = wanted; return 0; }
 int cuCtxPushCurrent_v2(void *wanted) { current = wanted; return 0; }
 int cuCtxPopCurrent_v2(void **found) { *found = current; current = NULL; return 0; }
-int cuCtxGetDevice(int *device) { *device = 0; return current ? 0 : 201; }
+int cuCtxGetDevice(int *device) { *device = 0; return current ? 0 : NO_CONTEXT; }
+int cuThreadExchangeStreamCaptureMode(int *mode) { *mode = 0; return 0; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return 0; }
 int cuGetErrorName(int code, char const **name) {
     *name = code == MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OTHER";
@@ -78,7 +80,11 @@ static int freed(void *address) {
     free(block);
     return 0;
 }
-int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) { *free_bytes = memory_limit - used; *total = memory_limit; return 0; }
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    *free_bytes = memory_limit - used;
+    *total = memory_limit;
+    return current ? 0 : NO_CONTEXT;
+}
 int cuDeviceGetDefaultMemPool(void **found, int device) { *found = &pool; return 0; }
 int cuDeviceGetMemPool(void **found, int device) { *found = &pool; return 0; }
 int cuMemGetDefaultMemPool(void **found, void *location, int type) { *found = &pool; return 0; }
@@ -92,7 +98,11 @@ int cuMemAllocFromPoolAsync(void **address, size_t size, void *from, void *strea
 int cuMemAllocAsync(void **address, size_t size, void *stream) { return allocated(address, size); }
 int cuMemFreeAsync(void *address, void *stream) { return freed(address); }
 int cuMemFree_v2(void *address) { return freed(address); }
-int cuMemAllocHost_v2(void **address, size_t size) { *address = aligned_alloc(ALIGNMENT, (size + 255) / 256 * 256); return 0; }
+int cuMemAllocHost_v2(void **address, size_t size) {
+    if (!current) return NO_CONTEXT;
+    *address = aligned_alloc(ALIGNMENT, (size + 255) / 256 * 256);
+    return 0;
+}
 int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return cuMemAllocHost_v2(address, size); }
 int cuMemFreeHost(void *address) { free(address); return 0; }
 int cuPointerGetAttribute(void *value, int attribute, void *address) { *(int *)value = 0; return 0; }
@@ -111,7 +121,7 @@ static void perform(Operation const *o) {
         for (size_t i = 0; i < o->size; i++) ((uint32_t *)o->target)[i] = o->word;
 }
 static int handed(Stream *stream, Operation operation) {
-    if (!current) return 201;
+    if (!current) return NO_CONTEXT;
     if (!stream) return INVALID;
     if (!stream->captured) { perform(&operation); return 0; }
     if (stream->captured->count == 256) return UNSUPPORTED;
@@ -135,11 +145,16 @@ int cuStreamGetCtx(Stream *stream, void **found) { *found = &context; return 0; 
 int cuStreamGetCtx_v2(Stream *stream, void **found, void **green) { *found = &context; *green = NULL; return 0; }
 int cuStreamGetDevice(Stream *stream, int *device) { *device = 0; return 0; }
 int cuStreamWaitEvent(Stream *stream, void *event, unsigned flags) { return event ? 0 : INVALID; }
-int cuEventCreate(void **made, unsigned flags) { *made = malloc(1); event_count++; return 0; }
+int cuEventCreate(void **made, unsigned flags) {
+    if (!current) return NO_CONTEXT;
+    *made = malloc(1);
+    event_count++;
+    return 0;
+}
 int cuEventRecord(void *event, Stream *stream) { return event && stream ? 0 : INVALID; }
 int cuEventRecordWithFlags(void *event, Stream *stream, unsigned flags) { return cuEventRecord(event, stream); }
 int cuEventQuery(void *event) { return 0; }
-int cuEventSynchronize(void *event) { return event ? 0 : INVALID; }
+int cuEventSynchronize(void *event) { return !current ? NO_CONTEXT : event ? 0 : INVALID; }
 int cuEventDestroy_v2(void *event) { event_count--; free(event); return 0; }
 
 // --- copies ---
@@ -231,6 +246,7 @@ int cuGraphRetainUserObject(Graph *graph, void *object, unsigned count, unsigned
 int cuGraphReleaseUserObject(Graph *graph, void *object, unsigned count) { return 0; }
 int cuGraphUpload(Graph *graph, Stream *stream) { return 0; }
 int cuGraphLaunch(Graph *graph, Stream *stream) {
+    if (!current) return NO_CONTEXT;
     for (size_t i = 0; i < graph->count; i++) perform(&graph->operations[i]);
     return 0;
 }

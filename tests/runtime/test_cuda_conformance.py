@@ -46,6 +46,10 @@ def test_tensors_go_there_and_come_back(found):
     assert found["parts"]
 
 
+def test_any_thread_may_ask(found):
+    assert found["elsewhere"]
+
+
 def test_a_graph_is_captured_checked_replayed_and_destroyed(found):
     graph = found["graph"]
     assert graph["nodes"] == 2

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime on a device: the same calls on the CPU provider and host memory, against the CPU engine; then a GPU."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -260,7 +263,9 @@ def test_options_of_the_provider(session, device, tmp_path):
     assert network.capturable
     ((name, options),) = session.made
     assert name == CUDA_PROVIDER
-    own = {"device_id": "1", "user_compute_stream": str(device.compute.handle), "enable_cuda_graph": "1"}
+    # What others hand to the compute stream meanwhile must not become part of a capture.
+    assert network._stream.handle != device.compute.handle
+    own = {"device_id": "1", "user_compute_stream": str(network._stream.handle), "enable_cuda_graph": "1"}
     assert options == {**CUDA_OPTIONS, **own}
     assert all(isinstance(value, str) for value in options.values())
 
@@ -285,6 +290,29 @@ def test_a_provider_that_falls_back_is_refused(session, device, tmp_path, monkey
     monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(EngineError, match="toy: ONNX Runtime's CUDA provider does not load"):
         OnnxCudaNetwork("toy", tmp_path / "toy.onnx", ((), ()), device, OnnxPlacement())
+
+
+def test_a_run_is_in_the_order_of_the_compute_stream_and_alone(session, device, tmp_path, monkeypatch):
+    network = OnnxCudaNetwork("toy", tmp_path / "toy.onnx", ((), ()), device, OnnxPlacement())
+    done, running, go_on = [], threading.Event(), threading.Event()
+
+    def run(binding, options):
+        done.append(binding)
+        running.set()
+        assert go_on.wait(5)
+
+    network._session = SimpleNamespace(run_with_iobinding=run)
+    monkeypatch.setattr(network._stream, "wait", lambda event: done.append((event.stream is device.compute.raw, "on")))
+    monkeypatch.setattr(device.compute, "wait", lambda event: done.append((event.stream is network._stream.raw, "off")))
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(network.run, "one", "1")]
+        assert running.wait(5)
+        runs.append(threads.submit(network.run, "two", "1"))  # one that captures would capture this as well
+        assert not runs[1].done()
+        assert done == [(True, "on"), "one"]
+        go_on.set()
+        [made.result() for made in runs]
+    assert done == [(True, "on"), "one", (True, "off"), (True, "on"), "two", (True, "off")]
 
 
 class Captured:

@@ -4,6 +4,7 @@
 import gc
 import inspect
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from ltxrt import gpu, stream
 from ltxrt.errors import EngineError
 from ltxrt.graph import IdlePool, capture_graph
 from ltxrt.memory import DeviceTensor
-from ltxrt.testing_device import HOST_GPU, Result, host_device
+from ltxrt.testing_device import HOST_GPU, CudaError, HostGraphBuilder, Result, host_device
 
 
 @pytest.fixture
@@ -108,6 +109,35 @@ def test_pinned_memory_is_used_again_once_nobody_looks_at_it(device):
     assert address in again
 
 
+def test_pinned_memory_may_come_back_while_some_is_taken(device):
+    """As from a finalizer, which the collector runs wherever it likes."""
+    one, two = device.pinned.take(5000), device.pinned.take(5000)
+
+    class Collects:
+        @property
+        def is_done(self):
+            device.pinned.give_back(two, SimpleNamespace(is_done=True))
+            return False
+
+    device.pinned.give_back(one, Collects())
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(device.pinned.take(5000)), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert taken == [two]
+
+
+def test_a_copy_that_finds_no_memory_says_so(device, monkeypatch):
+    tensor = device.place(np.ones(3000, np.float32))
+
+    def refuses(size):
+        raise CudaError("CUDA_ERROR_OUT_OF_MEMORY: the API call failed\nmore")
+
+    monkeypatch.setattr(device.pinned, "take", refuses)
+    with pytest.raises(EngineError, match=r"^the GPU fails in copying a result to the host: CUDA_ERROR_OUT_OF_MEMORY"):
+        tensor.fetch()
+
+
 def test_staging_memory_is_not_overwritten_before_it_has_been_read(device):
     tensors = [device.place(np.full(3000, value, np.float32)) for value in range(4)]  # nothing has been copied yet
     for value, tensor in enumerate(tensors):
@@ -187,8 +217,6 @@ def test_a_refused_call_names_itself(device, monkeypatch):
 @pytest.fixture(autouse=True)
 def _errors_of_cuda_core(monkeypatch):
     """The stand-in's error in the place of cuda-core's, which may not be installed."""
-    from ltxrt.testing_device import CudaError
-
     monkeypatch.setattr(stream, "_cuda_errors", lambda: (CudaError,))
 
 
@@ -231,6 +259,33 @@ def test_what_fails_while_captured_ends_the_capture(device, cuda):
     with pytest.raises(EngineError, match="does not run"):
         capture_graph(device, work, "denoiser")
     assert cuda.builders_closed == 1
+
+
+def spoiled(self):
+    raise CudaError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: the API call failed")
+
+
+def test_a_spoiled_capture_does_not_hide_what_spoiled_it(device, monkeypatch):
+    def work(where):
+        if where is not device.compute:
+            raise EngineError("denoiser does not run")
+
+    monkeypatch.setattr(HostGraphBuilder, "close", spoiled)
+    with pytest.raises(EngineError, match=r"^denoiser does not run$"):
+        capture_graph(device, work, "denoiser")
+
+
+def test_a_capture_that_was_spoiled_unseen_is_an_engine_s_error(device, monkeypatch):
+    def refuses(self):
+        raise RuntimeError("Build process encountered an error\nand has been invalidated.")
+
+    monkeypatch.setattr(HostGraphBuilder, "end_building", refuses)
+    monkeypatch.setattr(HostGraphBuilder, "close", spoiled)
+    with pytest.raises(EngineError) as caught:
+        capture_graph(device, lambda where: where.write_word(device.empty((1,), "uint32").address, 1), "denoiser")
+    assert str(caught.value) == (
+        "denoiser cannot be captured: Build process encountered an error and has been invalidated."
+    )
 
 
 class Thing:
@@ -306,6 +361,7 @@ def test_cuda_bindings_take_the_calls():
         "cuMemcpy2DAsync": (driver.CUDA_MEMCPY2D(), driver.CUstream(0)),
         "cuMemGetInfo": (),
         "cuGraphGetNodes": (driver.CUgraph(0),),
+        "cuThreadExchangeStreamCaptureMode": (driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED,),
     }
     for name, arguments in calls.items():
         inspect.signature(getattr(driver, name)).bind(*arguments)
@@ -317,7 +373,7 @@ def test_cuda_bindings_take_the_calls():
     rows.srcMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
     rows.srcDevice, rows.WidthInBytes, rows.Height = 1 << 40, 12, 3
     assert int(rows.srcDevice) == 1 << 40
-    asked = set(re.findall(r"\bcu[MG]\w+", inspect.getsource(stream)))
+    asked = set(re.findall(r"\bcu[MGT]\w+", inspect.getsource(stream)))
     assert asked == set(calls)
 
 
