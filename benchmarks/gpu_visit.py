@@ -14,6 +14,7 @@ onnxruntime-gpu, torch, pytest) is said in one line and skipped. The exit code i
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def bench(name: str, *arguments: str) -> tuple[str, ...]:
     return (str(HERE / f"bench_{name}.py"), *arguments)
 
 
+def gpu_tests(folder: str) -> tuple[str, ...]:
+    """The tests that need a GPU.
+
+    A file that needs a package which is not there does not keep the others from it, nor does another version of a
+    package that warns.
+    """
+    chosen = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    return (*chosen, "-W", "default::DeprecationWarning", "-W", "default::FutureWarning", folder)
+
+
 def blocks(name: str, counts: Sequence[str], backends: Sequence[str], clips: Sequence[str]) -> tuple[str, ...]:
     """Full-width blocks of the DiT, into a folder of their own."""
     chosen = ("--blocks", *counts, "--backends", *backends, "--clips", *clips)
@@ -71,13 +82,28 @@ def blocks(name: str, counts: Sequence[str], backends: Sequence[str], clips: Seq
 
 #: In order of value: what is not known, then what is compared, then what is nice to have.
 PARTS = (
-    Part("doctor", 30, ("-m", "ltxrt", "doctor", "--json"), ("-m", "ltxrt", "doctor", "--json"), gpu=False),
     Part(
-        "gpu_tests",
-        150,
-        ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"),
-        ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels", "--collect-only"),
-        needs=("pytest", "cuda.core"),
+        "doctor",
+        30,
+        ("-m", "ltxrt", "doctor", "--json"),
+        ("-m", "ltxrt", "doctor", "--json"),
+        needs=("typer", "pydantic"),
+        gpu=False,
+    ),
+    Part(
+        "kernel_tests",
+        120,
+        gpu_tests("tests/kernels"),
+        (*gpu_tests("tests/kernels"), "--collect-only"),
+        needs=("pytest", "hypothesis", "cuda.core"),
+        environment={"LTXRT_REQUIRE_GPU": "1"},
+    ),
+    Part(
+        "runtime_tests",
+        60,
+        gpu_tests("tests/runtime"),
+        (*gpu_tests("tests/runtime/test_stream.py"), "--collect-only"),
+        needs=("pytest", "hypothesis", "cuda.core", "av", "pydantic", "onnxruntime"),
         environment={"LTXRT_REQUIRE_GPU": "1"},
     ),
     Part("kernels", 60, bench("kernels", "--out", "{out}"), bench("kernels", "--dry-run", "--ops", "euler_step")),
@@ -189,7 +215,8 @@ def run(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> dict[str,
     """Run one part in a session of its own, so that whatever it started ends with it."""
     arguments = [text.replace("{out}", str(folder)) for text in (part.dry if dry_run else part.command)]
     path = os.pathsep.join(filter(None, (SOURCES, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **({} if dry_run else part.environment), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    own = {} if dry_run else part.environment
+    environment = {**toolkit(), **os.environ, **own, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     with (folder / f"{part.name}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -209,6 +236,14 @@ def run(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> dict[str,
         lines = (folder / f"{part.name}.log").read_text("utf-8", "replace").strip().splitlines()
         return {"outcome": "failed", "exit_code": code, "reason": lines[-1][:200] if lines else ""}
     return {"outcome": "done"}
+
+
+def toolkit() -> dict[str, str]:
+    """Where the CUDA headers lie that Python packages do not bring, for who looks for them; nothing if it is said."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or {"CUDA_PATH", "CUDA_HOME"} & os.environ.keys():
+        return {}
+    return {"CUDA_PATH": str(Path(nvcc).resolve().parents[1])}
 
 
 def keep(folder: Path, visit: dict[str, Any]) -> None:

@@ -252,8 +252,35 @@ def test_parts_that_need_a_gpu_are_skipped_without_one(module, monkeypatch):
 def test_parts_fit_into_the_visit_in_order_of_value(module):
     visit = module("gpu_visit")
     names = [part.name for part in visit.PARTS]
-    assert names[:4] == ["doctor", "gpu_tests", "kernels", "cuda_pipeline"]
+    assert names[:4] == ["doctor", "kernel_tests", "runtime_tests", "kernels"]
     assert sum(part.seconds for part in visit.PARTS[:6]) <= 560
+
+
+def test_a_test_file_that_cannot_be_read_does_not_keep_the_others_from_the_gpu(module, tmp_path):
+    visit = module("gpu_visit")
+    (tmp_path / "test_one.py").write_text("import no_such_package\n")
+    (tmp_path / "test_two.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    command = [sys.executable, *visit.gpu_tests(str(tmp_path))]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "1 passed, 1 error" in ran.stdout
+
+
+def test_headers_of_the_toolkit_are_found_beside_its_compiler(module, monkeypatch, tmp_path):
+    visit, compiler = module("gpu_visit"), tmp_path / "cuda-13.0" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.touch(mode=0o755)
+    (tmp_path / "nvcc").symlink_to(compiler)
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visit.toolkit() == {"CUDA_PATH": str(tmp_path / "cuda-13.0")}
+    monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+    assert visit.toolkit() == {}
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", "")
+    assert visit.toolkit() == {}
 
 
 def test_visit_record_is_whole_after_every_part(tmp_path):

@@ -66,9 +66,13 @@ class DeviceTensors:
     def upload(self, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Copy inputs to the device, and wait."""
         driver = import_module("cuda.bindings.driver")
-        for port in self.problem.inputs:
-            host = np.ascontiguousarray(inputs[port.name])
-            _done(driver.cuMemcpyHtoD(self.addresses[port.name], host.ctypes.data, port.bytes), "cuMemcpyHtoD")
+        kept = [np.ascontiguousarray(inputs[port.name]) for port in self.problem.inputs]
+        for port, host in zip(self.problem.inputs, kept, strict=True):
+            # On the stream: a plain copy of pageable memory may return before the device has all of it, and a stream
+            # that does not wait for the default one would not wait for that either.
+            arguments = self.addresses[port.name], host.ctypes.data, port.bytes, self._stream.handle
+            _done(driver.cuMemcpyHtoDAsync(*arguments), "cuMemcpyHtoDAsync")
+        self._stream.sync()
 
     def download(self) -> Arrays:
         """Wait for the stream, and copy the outputs from the device."""

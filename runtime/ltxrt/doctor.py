@@ -92,6 +92,9 @@ def _memory_bytes() -> int:
 
 def _packages() -> Iterator[Finding]:
     """ltxrt and what it requires, with versions."""
+    if not _installed("ltxrt"):
+        yield Finding("ltxrt", "warning", "runs from its sources, not installed: what it requires is not checked")
+        return
     yield Finding("ltxrt", "ok", metadata.version("ltxrt"))
     for requirement in metadata.requires("ltxrt") or ():
         name = re.match(r"[\w.-]+", requirement)

@@ -40,20 +40,30 @@ class FakeDevice:
 class FakeStream:
     def __init__(self):
         self.synced = self.closed = 0
+        self.handed = []
+        self.handle = self
 
     def sync(self):
         self.synced += 1
+        while self.handed:
+            self.handed.pop(0)()
 
     def close(self):
         self.closed += 1
 
 
 def fake_driver(result=0):
+    answer = SimpleNamespace(value=result, name="CUDA_ERROR_INVALID_VALUE")
+
+    def handed(target, source, size, stream):
+        stream.handed.append(lambda: ctypes.memmove(target, source, size))
+        return (answer,)
+
     def copied(target, source, size):
         ctypes.memmove(target, source, size)
-        return (SimpleNamespace(value=result, name="CUDA_ERROR_INVALID_VALUE"),)
+        return (answer,)
 
-    return SimpleNamespace(cuMemcpyHtoD=copied, cuMemcpyDtoH=copied)
+    return SimpleNamespace(cuMemcpyHtoDAsync=handed, cuMemcpyDtoH=copied)
 
 
 def test_what_is_uploaded_lies_there_and_what_lies_there_is_downloaded(monkeypatch):
@@ -78,7 +88,7 @@ def test_what_is_uploaded_lies_there_and_what_lies_there_is_downloaded(monkeypat
 def test_a_failed_copy_is_an_error(monkeypatch):
     monkeypatch.setattr(device_module, "import_module", lambda name: fake_driver(result=1))
     tensors = DeviceTensors(FakeDevice(), FakeStream(), PROBLEM)
-    with pytest.raises(RuntimeError, match="cuMemcpyHtoD: CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(RuntimeError, match="cuMemcpyHtoDAsync: CUDA_ERROR_INVALID_VALUE"):
         tensors.upload(OPS["head_gate"].generate_inputs(PROBLEM, 1))
 
 
@@ -99,10 +109,10 @@ def test_cuda_core_has_what_is_used():
     used = {
         core.Device: ("allocate", "compute_capability", "create_stream", "properties", "set_current"),
         core.Buffer: ("close", "copy_to", "fill", "handle"),
-        core.Stream: ("close", "record", "sync"),
+        core.Stream: ("close", "handle", "record", "sync"),
         core.ObjectCode: ("from_cubin", "get_kernel"),
         core: ("launch", "LaunchConfig"),
-        driver: ("cuMemcpyDtoH", "cuMemcpyHtoD"),
+        driver: ("cuMemcpyDtoH", "cuMemcpyHtoDAsync"),
     }
     for owner, names in used.items():
         assert not [name for name in names if not hasattr(owner, name)], owner

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltxrt.rope import RopeGrid, rope_tables
 from ltxrt.shapes import LatentShape
-from ltxrt_export.networks.denoiser import RopeExpansion
 from ltxrt_kernels.norm_rope import NormRope
 from ltxrt_kernels.norm_rope.reference import reference
 from ltxrt_kernels.ops import OPS
@@ -41,6 +39,7 @@ PROBLEMS = (
     seed=st.integers(0, 2**32),
 )
 def test_reference_is_what_diffusers_does(grid, heads, pairs, axes, seed):
+    theirs = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
     problem = NormRope(grid=grid, heads=heads, head_width=2 * pairs, axes=axes, dtype="float32")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, problem.tokens, problem.width, generator=generator)
@@ -48,7 +47,7 @@ def test_reference_is_what_diffusers_does(grid, heads, pairs, axes, seed):
     tables = the_runtime_s_tables(problem)
     cosine, sine = expanded(problem, tables)
     normal = F.rms_norm(x, (problem.width,), weight, problem.epsilon)
-    expected = apply_split_rotary_emb(normal, (cosine, sine))[0]
+    expected = theirs.apply_split_rotary_emb(normal, (cosine, sine))[0]
     used = {port.name: tables[name] for port, name in zip(problem.inputs[2:], names(axes), strict=True)}
     found = reference(problem, {"x": x[0].numpy(), "weight": weight.numpy(), **used})["out"]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=2e-6)
@@ -67,11 +66,14 @@ def the_runtime_s_tables(problem):
 
 
 def expanded(problem, tables):
+    denoiser = pytest.importorskip("ltxrt_export.networks.denoiser", reason="no diffusers")
     """Cosine and sine per head, as the exported denoiser makes them of the same tables."""
     sizes = {"num_attention_heads": problem.heads, "attention_head_dim": problem.head_width}
     config = SimpleNamespace(**sizes, audio_num_attention_heads=problem.heads)
     ordered = ("rope_time", "rope_height", "rope_width", "rope_cross_time", "rope_audio")
-    every = RopeExpansion(SimpleNamespace(config=config))(*(torch.from_numpy(tables[name]) for name in ordered))
+    every = denoiser.RopeExpansion(SimpleNamespace(config=config))(
+        *(torch.from_numpy(tables[name]) for name in ordered)
+    )
     return every[:2] if problem.axes == 3 else every[2:4]
 
 

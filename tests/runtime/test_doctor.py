@@ -148,6 +148,20 @@ def test_a_missing_requirement(monkeypatch, capsys):
     assert "failed  soxr" in capsys.readouterr().out
 
 
+def test_a_checkout_that_is_not_installed(monkeypatch):
+    version = metadata.version
+
+    def unknown(name):
+        if name == "ltxrt":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", unknown)
+    found = finding("ltxrt")
+    assert found.status == "warning"
+    assert found.detail.startswith("runs from its sources")
+
+
 def test_packages_that_do_not_load(monkeypatch):
     without(monkeypatch, "ltxrt.engine_store", "av.codec", "ltxrt.bundle")
     broken = {found.name: found.detail for found in doctor.examine() if found.status == "failed"}
