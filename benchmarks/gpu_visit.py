@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Part:
         dry: The same, small, without a GPU.
         needs: Python packages without which it is skipped.
         gpu: Whether it needs the GPU, except in a dry run.
+        provider: Whether it needs ONNX Runtime's CUDA provider, except in a dry run.
         environment: Added to the environment.
     """
 
@@ -56,6 +57,7 @@ class Part:
     dry: tuple[str, ...]
     needs: tuple[str, ...] = ()
     gpu: bool = True
+    provider: bool = False
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -113,6 +115,7 @@ PARTS = (
         bench("pipeline", "--sides", "ltxrt", "--out", "{out}"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}"),
         needs=("onnxruntime", "av"),
+        provider=True,
     ),
     Part(
         "torch_pipeline",
@@ -134,6 +137,7 @@ PARTS = (
         blocks("exported_blocks", ("1", "2"), ("onnxruntime",), CLIPS),
         bench("engines", "--blocks", "--backends", "--dry-run", "--out", "{out}/exported_blocks"),
         needs=("torch", "diffusers", "onnxruntime", "onnx", "ml_dtypes"),
+        provider=True,
     ),
     Part(
         "whole_depth",
@@ -208,7 +212,16 @@ def missing(part: Part, *, dry_run: bool) -> str:
             found = None
         if found is None:
             return f"the Python package {name} is not installed"
-    return "there is no NVIDIA GPU" if part.gpu and not dry_run and machine().gpu is None else ""
+    if dry_run:
+        return ""
+    if part.gpu and machine().gpu is None:
+        return "there is no NVIDIA GPU"
+    return "this ONNX Runtime has no CUDA provider" if part.provider and not cuda_provider() else ""
+
+
+def cuda_provider() -> bool:
+    """Whether the ONNX Runtime that is installed has it; whether it loads, the part itself finds out."""
+    return "CUDAExecutionProvider" in import_module("onnxruntime").get_available_providers()
 
 
 def run(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> dict[str, Any]:

@@ -249,6 +249,17 @@ def test_parts_that_need_a_gpu_are_skipped_without_one(module, monkeypatch):
     assert visit.missing(part, dry_run=True) == ""
 
 
+def test_parts_of_onnx_runtime_on_a_gpu_are_skipped_without_its_provider(module, monkeypatch):
+    visit = module("gpu_visit")
+    part = visit.Part("cuda_pipeline", 1, (), (), provider=True)
+    monkeypatch.setattr(visit, "machine", lambda: type("Machine", (), {"gpu": "NVIDIA H100"}))
+    monkeypatch.setattr(visit, "cuda_provider", lambda: False)
+    assert visit.missing(part, dry_run=False) == "this ONNX Runtime has no CUDA provider"
+    assert visit.missing(part, dry_run=True) == ""
+    monkeypatch.setattr(visit, "cuda_provider", lambda: True)
+    assert visit.missing(part, dry_run=False) == ""
+
+
 def test_parts_fit_into_the_visit_in_order_of_value(module):
     visit = module("gpu_visit")
     names = [part.name for part in visit.PARTS]

@@ -7,6 +7,7 @@ kernel itself is tested against its reference without one.
 
 import os
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def open_layout(device: Device, channels: int) -> tuple[LayoutKernels | None, st
         return None, f"the kernels cannot be loaded: {error}"
     kernels = launch.DeviceKernels(device.raw, cache.CubinCache(kernel_folder()))
     try:
-        for pack in (False, True):
+        # How wide an access may be depends on what divides the number of tokens: 1, 2 and 4 stand for all numbers.
+        for tokens, pack in product((1, 2, 4), (False, True)):
             kernels.load(
-                layouts.LatentLayout(tokens=1, channels=channels, pack=pack, source="float32", target="float32")
+                layouts.LatentLayout(tokens=tokens, channels=channels, pack=pack, source="float32", target="float32")
             )
     except (nvrtc.CompilerError, ValueError, OSError) as error:
         return None, f"the kernels cannot be compiled: {error}"

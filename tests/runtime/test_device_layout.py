@@ -13,6 +13,7 @@ from ltxrt.latent import grid_of, to_grid, to_tokens, tokens_of
 from ltxrt.shapes import LatentShape
 from ltxrt.testing_device import host_device
 from ltxrt_kernels import cache, launch
+from ltxrt_kernels.latent_layout import LatentLayout
 from ltxrt_kernels.nvrtc import CompilerError
 from ltxrt_kernels.ops import OPS
 
@@ -79,14 +80,19 @@ def test_arrays_of_the_host_stay_there(tokens):
 # --- opening ---
 
 
-def test_both_ways_are_compiled_before_a_clip_needs_them(device, monkeypatch, tmp_path):
+def test_every_kernel_is_compiled_before_a_clip_needs_it(device, monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(launch.DeviceKernels, "load", lambda self, problem: loaded.append((self.cache.folder, problem)))
     layout, reason = open_layout(device, 128)
     assert layout is not None
     assert reason == ""
-    assert [(problem.pack, problem.channels) for _, problem in loaded] == [(False, 128), (True, 128)]
+    assert all(problem.channels == 128 for _, problem in loaded)
+    compiled = [problem.launch().defines for _, problem in loaded]
+    for tokens in range(1, 100):
+        for pack in (False, True):
+            clip = LatentLayout(tokens=tokens, channels=128, pack=pack, source="float32", target="float32")
+            assert clip.launch().defines in compiled
     assert {folder for folder, _ in loaded} == {tmp_path / "ltxrt" / "kernels"}
 
 
@@ -121,6 +127,6 @@ def test_the_real_compiler_makes_what_is_asked_for(device, monkeypatch, tmp_path
     device._raw.compute_capability = (9, 0)
     layout, reason = open_layout(device, 32)
     assert layout is not None, reason
-    assert len(made) == 2
+    assert len(made) == 6
     assert all(cache.is_whole(code) for code in made)
-    assert len(list(kernel_folder().iterdir())) == 2
+    assert len(list(kernel_folder().iterdir())) == 6
