@@ -73,6 +73,7 @@ class GpuStore:
         if self.device.layout is None:
             self.device.layout, self.no_layout = open_layout(self.device, bundle.manifest.model.latent_channels)
         self._captures: IdlePool[Bound] = IdlePool(CAPTURES)
+        self.device.give_back_spare = lambda: self._captures.drop(lambda _: True)
         self._loaded: dict[str, Engine] = {}
         self.residency: Residency = "resident"
 

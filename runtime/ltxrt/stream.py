@@ -10,7 +10,7 @@ Checked against the interfaces of cuda-core 1.2 and cuda-bindings 13; it has nev
 
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -128,6 +128,7 @@ class Device:
         pinned: Page-locked host memory.
         scratch: The engines' working memory.
         layout: Turns latents; None lets them go through the host.
+        give_back_spare: Gives back what is held only to be faster next time.
     """
 
     def __init__(self, gpu: Gpu, core: ModuleType, driver: ModuleType) -> None:
@@ -143,6 +144,7 @@ class Device:
         self.pinned = PinnedPool(lambda size: PinnedBlock(host.allocate(size)))
         self.scratch = Scratch(self.allocate)
         self.layout: Layout | None = None
+        self.give_back_spare: Callable[[], None] = lambda: None
 
     def make_current(self) -> None:
         """Make it the GPU that CUDA uses in the calling thread. Deserialised engines belong to the current one."""
@@ -172,7 +174,7 @@ class Device:
         return int(self._raw.memory_resource.attributes.used_mem_current)
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
-        """A block of its own, in the order of the compute stream.
+        """A block of its own, in the order of the compute stream; where memory is short, what is spare goes first.
 
         Raises:
             EngineError: There is no such block; the message says how much is free.
@@ -180,10 +182,18 @@ class Device:
         size = max(ALIGNMENT_BYTES, size_bytes)
         self.make_current()
         try:
-            with self.errors(f"allocating {_gib(size)}"):
-                return DeviceMemory(self._raw.allocate(size, stream=self.compute.raw))
+            return self._block(size)
+        except EngineError:
+            self.give_back_spare()
+            self.compute.sync()
+        try:
+            return self._block(size)
         except EngineError as error:
             raise EngineError(f"{error} ({_gib(self.free_bytes())} free on {self.gpu.name})") from error
+
+    def _block(self, size: int) -> DeviceMemory:
+        with self.errors(f"allocating {_gib(size)}"):
+            return DeviceMemory(self._raw.allocate(size, stream=self.compute.raw))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         """A tensor that owns its memory, of no particular content."""

@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from ltxrt import Pipeline, Request, gpu_store
+from ltxrt import Pipeline, Request, gpu_store, stream
 from ltxrt.backends import Machine
 from ltxrt.bundle import Bundle, tiny_bundle_path
 from ltxrt.clip_memory import ClipSize, clip_memory, process_bytes
@@ -38,7 +38,7 @@ from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, EngineProfile,
 from ltxrt.media import bundled_speech
 from ltxrt.shapes import LatentShape, PixelShape
 from ltxrt.tensorrt_library import load_library
-from ltxrt.testing_device import HOST_GPU, HostCuda, HostLayout, host_device
+from ltxrt.testing_device import HOST_GPU, CudaError, HostCuda, HostLayout, host_device
 from ltxrt.upsample import upsample
 
 VERSION = "11.4.0.106"
@@ -612,6 +612,23 @@ def test_what_a_clip_left_behind_does_not_keep_the_next_one_out(stored, bundle, 
     assert store._gpu.residency == "resident"
     with pytest.raises(EngineError, match=r"640x640, 73 frames at high takes"):
         store.check("high", ClipSize(PixelShape(73, 640, 640), Fraction(24)))
+
+
+def test_captures_that_wait_for_another_clip_make_room_for_this_one(stored, bundle, trt, monkeypatch):
+    monkeypatch.setattr(stream, "_cuda_errors", lambda: (CudaError,))
+    small, large = (feeds_for(bundle, "denoiser", **{**DENOISER, "Nv": 12 * f, "f": 2 * f}) for f in (1, 2))
+
+    def latents(store, feeds):
+        steps = iterate(store.engines("high").denoiser.capture(feeds), LEVELS, {"latent_next": "latent"})
+        return [np.asarray(step["latent_next"]) for step in steps]
+
+    store, cuda = stored()
+    wanted = latents(store, large)
+    store, narrow = stored(memory_bytes=cuda.peak)
+    latents(store, small)
+    for one, other in zip(latents(store, large), wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [graph.closed for graph in narrow.graphs] == [True, False]
 
 
 def test_the_text_encoder_goes_where_it_cannot_stay(stored, bundle, trt, monkeypatch):
