@@ -80,7 +80,6 @@ def open_layout(device: Device, channels: int) -> tuple[LayoutKernels | None, st
     try:
         cache = import_module("ltxrt_kernels.cache")
         launch = import_module("ltxrt_kernels.launch")
-        nvrtc = import_module("ltxrt_kernels.nvrtc")
         layouts = import_module("ltxrt_kernels.latent_layout")
     except ImportError as error:
         return None, f"the kernels cannot be loaded: {error}"
@@ -88,9 +87,12 @@ def open_layout(device: Device, channels: int) -> tuple[LayoutKernels | None, st
     try:
         # How wide an access may be depends on what divides the number of tokens: 1, 2 and 4 stand for all numbers.
         for tokens, pack in product((1, 2, 4), (False, True)):
-            kernels.load(
-                layouts.LatentLayout(tokens=tokens, channels=channels, pack=pack, source="float32", target="float32")
+            problem = layouts.LatentLayout(
+                tokens=tokens, channels=channels, pack=pack, source="float32", target="float32"
             )
-    except (nvrtc.CompilerError, ValueError, OSError) as error:
+            with device.errors("loading a kernel"):
+                kernels.load(problem)
+    # The compiler's own error, the runtime's, and that of the search for headers are RuntimeErrors.
+    except (RuntimeError, ValueError, OSError) as error:
         return None, f"the kernels cannot be compiled: {error}"
     return LayoutKernels(device, kernels), ""

@@ -110,7 +110,8 @@ class IdlePool(Generic[Item]):
         if limit < 0:
             raise ValueError(f"limit: {limit} is not allowed; allowed: 0 and more")
         self._limit = limit
-        self._lock = threading.Lock()
+        # The end of a loop that nobody goes on with gives its capture back, and the collector may end it anywhere.
+        self._lock = threading.RLock()
         self._idle: OrderedDict[tuple[Hashable, int], Item] = OrderedDict()
         self._count = 0
 
@@ -120,7 +121,7 @@ class IdlePool(Generic[Item]):
     def take(self, key: Hashable) -> Item | None:
         """The most recently used one of that key, which leaves the pool; None where there is none."""
         with self._lock:
-            found = next((entry for entry in reversed(self._idle) if entry[0] == key), None)
+            found = next((entry for entry in reversed(list(self._idle)) if entry[0] == key), None)
             return None if found is None else self._idle.pop(found)
 
     def give_back(self, key: Hashable, item: Item) -> None:
@@ -135,7 +136,7 @@ class IdlePool(Generic[Item]):
     def drop(self, which: Callable[[Hashable], bool]) -> None:
         """Drop those whose key ``which`` says yes to."""
         with self._lock:
-            keys = [entry for entry in self._idle if which(entry[0])]
+            keys = [entry for entry in list(self._idle) if which(entry[0])]
             dropped = [self._idle.pop(entry) for entry in keys]
         for old in dropped:
             old.close()

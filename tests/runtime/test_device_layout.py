@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ltxrt import device_layout
+from ltxrt import device_layout, stream
 from ltxrt.device_layout import LayoutKernels, kernel_folder, open_layout
 from ltxrt.latent import grid_of, to_grid, to_tokens, tokens_of
 from ltxrt.shapes import LatentShape
-from ltxrt.testing_device import host_device
+from ltxrt.testing_device import CudaError, host_device
 from ltxrt_kernels import cache, launch
 from ltxrt_kernels.latent_layout import LatentLayout
 from ltxrt_kernels.nvrtc import CompilerError
@@ -96,13 +96,32 @@ def test_every_kernel_is_compiled_before_a_clip_needs_it(device, monkeypatch, tm
     assert {folder for folder, _ in loaded} == {tmp_path / "ltxrt" / "kernels"}
 
 
-@pytest.mark.parametrize("error", [CompilerError("no NVRTC"), ValueError("7.5 is not allowed"), OSError("read-only")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CompilerError("no NVRTC"),
+        ValueError("7.5 is not allowed"),
+        OSError("read-only"),
+        RuntimeError("UNKNOWN libname='cccl'"),
+    ],
+)
 def test_kernels_that_cannot_be_compiled(device, monkeypatch, error):
     def refuses(self, problem):
         raise error
 
     monkeypatch.setattr(launch.DeviceKernels, "load", refuses)
     assert open_layout(device, 128) == (None, f"the kernels cannot be compiled: {error}")
+
+
+def test_kernels_that_the_gpu_refuses(device, monkeypatch):
+    def refuses(self, problem):
+        raise CudaError("CUDA_ERROR_NO_BINARY_FOR_GPU: the API call failed\nmore")
+
+    monkeypatch.setattr(stream, "_cuda_errors", lambda: (CudaError,))
+    monkeypatch.setattr(launch.DeviceKernels, "load", refuses)
+    layout, reason = open_layout(device, 128)
+    assert layout is None
+    assert reason.endswith("the GPU fails in loading a kernel: CUDA_ERROR_NO_BINARY_FOR_GPU: the API call failed")
 
 
 def test_kernels_that_cannot_be_loaded(device, monkeypatch):

@@ -313,6 +313,27 @@ def test_the_least_recently_used_goes_first():
     assert len(pool) == 1
 
 
+def test_what_is_given_back_while_another_one_is_looked_for():
+    """As by the collector, which ends a loop wherever it likes."""
+    pool, things, taken = IdlePool(3), [Thing() for _ in range(3)], []
+
+    class Collects:
+        def __hash__(self):
+            return 1
+
+        def __eq__(self, other):
+            pool.give_back("late", things[2])
+            return False
+
+    pool.give_back("a", things[0])
+    pool.give_back(Collects(), things[1])
+    thread = threading.Thread(target=lambda: taken.append(pool.take("a")), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert taken == [things[0]]
+    assert pool.take("late") is things[2]
+
+
 def test_a_pool_that_keeps_nothing():
     pool, thing = IdlePool(0), Thing()
     pool.give_back("a", thing)
