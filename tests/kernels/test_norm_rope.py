@@ -66,8 +66,8 @@ def the_runtime_s_tables(problem):
 
 
 def expanded(problem, tables):
-    denoiser = pytest.importorskip("ltxrt_export.networks.denoiser", reason="no diffusers")
     """Cosine and sine per head, as the exported denoiser makes them of the same tables."""
+    denoiser = pytest.importorskip("ltxrt_export.networks.denoiser", reason="no diffusers")
     sizes = {"num_attention_heads": problem.heads, "attention_head_dim": problem.head_width}
     config = SimpleNamespace(**sizes, audio_num_attention_heads=problem.heads)
     ordered = ("rope_time", "rope_height", "rope_width", "rope_cross_time", "rope_audio")
