@@ -3,14 +3,13 @@
 
 Inputs and outputs are bound to device memory, and ONNX Runtime does not wait at the end of a run, so tensors pass
 between networks as they do between TensorRT engines. Where all of a network's operators have CUDA kernels, ONNX Runtime
-captures its runs as CUDA graphs; where one has not, it runs without. It captures all that its stream is given, from
-whichever thread, so each network has a stream of its own, which every run joins to the compute stream on both sides.
+captures its runs as CUDA graphs; where one has not, it runs without. All that its stream is given becomes part of a
+capture, so it has one of its own (``Device.sessions``).
 
 The CPU distribution imports this file and refuses to make an engine. It has never run on a GPU: its tests bind to host
 memory on the CPU provider, through the same calls.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from .engine_onnx import ORT_ERRORS, check_ports, one_line
 from .errors import EngineError
 from .graph import IdlePool
 from .memory import DeviceTensor
-from .stream import Device, Stream
+from .stream import Device
 
 __all__ = ["CUDA_OPTIONS", "OnnxCudaNetwork", "OnnxPlacement", "cuda_engine"]
 
@@ -64,11 +63,11 @@ class OnnxPlacement:
     index: int = 0
     graphs: int = 4
 
-    def options(self, stream: Stream, *, capture: bool) -> dict[str, str]:
-        """Options of the provider that works on a stream."""
+    def options(self, device: Device, *, capture: bool) -> dict[str, str]:
+        """Options of the provider."""
         if self.provider != CUDA_PROVIDER:
             return {}
-        own = {"device_id": str(self.index), "user_compute_stream": str(stream.handle)}
+        own = {"device_id": str(self.index), "user_compute_stream": str(device.sessions.handle)}
         return {**CUDA_OPTIONS, **own, "enable_cuda_graph": "1" if capture else "0"}
 
 
@@ -100,8 +99,6 @@ class OnnxCudaNetwork:
         self._placement = placement
         if placement.provider not in ort.get_available_providers():
             raise EngineError(f"{name}: {NO_CUDA_PROVIDER}")
-        self._stream = device.new_stream()
-        self._turn = threading.Lock()
         self._session, self.capturable = self._open(path)
         check_ports(f"{name}: {path.name}", "input", self.inputs, self._session.get_inputs())
         check_ports(f"{name}: {path.name}", "output", self.outputs, self._session.get_outputs())
@@ -149,13 +146,14 @@ class OnnxCudaNetwork:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self._placement.provider == CUDA_PROVIDER:
             options.add_run_config_entry("gpu_graph_id", graph)
-        with self._turn:
-            self._stream.wait(self._device.compute.record())
+        compute, sessions = self._device.compute, self._device.sessions
+        with self._device.sessions_lock:
+            sessions.wait(compute.record())
             try:
                 self._session.run_with_iobinding(binding, options)
             except ORT_ERRORS as error:
                 raise EngineError(f"{self.name}: {one_line(error)}") from error
-            self._device.compute.wait(self._stream.record())
+            compute.wait(sessions.record())
 
     def working_bytes(self, calls: Sequence[Mapping[str, int]]) -> int | None:
         """See ``engine_device.Network.working_bytes``: ONNX Runtime does not tell."""
@@ -165,7 +163,6 @@ class OnnxCudaNetwork:
         """See ``engine_device.Network.close``."""
         self._device.compute.sync()
         del self._session
-        self._stream.close()
 
     def _binding(self, inputs: Mapping[str, DeviceTensor]) -> Any:
         binding = self._session.io_binding()
@@ -179,7 +176,7 @@ class OnnxCudaNetwork:
     def _open(self, path: Path) -> tuple[ort.InferenceSession, bool]:
         """A session, and whether its runs are captured."""
         for capture in (True, False):
-            options = self._placement.options(self._stream, capture=capture)
+            options = self._placement.options(self._device, capture=capture)
             try:
                 session = ort.InferenceSession(path, session_options(), providers=[(self._placement.provider, options)])
             except ORT_ERRORS as error:

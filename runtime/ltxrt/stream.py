@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GPU for the runtime: two streams, memory, and copies between host and device.
+"""One GPU for the runtime: its streams, memory, and copies between host and device.
 
 Everything is computed in the order of one stream, in which it was handed over, whichever thread did so: that is what
 lets all engines share their working memory, and tensors follow each other without waiting. A second stream copies
@@ -125,6 +125,9 @@ class Device:
         gpu: As given.
         compute: The stream that everything is computed on.
         copies: The stream that results are copied out on.
+        sessions: The stream of ONNX Runtime, which captures all that its stream is given, from whichever thread. Only
+            who holds ``sessions_lock`` hands work over to it, and joins it to the compute stream on both sides.
+        sessions_lock: See ``sessions``.
         pinned: Page-locked host memory.
         scratch: The engines' working memory.
         layout: Turns latents; None lets them go through the host.
@@ -139,7 +142,8 @@ class Device:
         with self.errors("opening the GPU"):
             self._raw = core.Device(gpu.index)
             self.make_current()
-            self.compute, self.copies = self.new_stream(), self.new_stream()
+            self.compute, self.copies, self.sessions = (self._new_stream() for _ in range(3))
+        self.sessions_lock = threading.Lock()
         host = core.LegacyPinnedMemoryResource()
         self.pinned = PinnedPool(lambda size: PinnedBlock(host.allocate(size)))
         self.scratch = Scratch(self.allocate)
@@ -156,8 +160,7 @@ class Device:
             )
             self._local.current = True
 
-    def new_stream(self) -> Stream:
-        """A stream that waits for no other; its maker closes it."""
+    def _new_stream(self) -> Stream:
         return Stream(self._raw.create_stream(options=self._core.StreamOptions(nonblocking=True)), self._driver)
 
     def free_bytes(self) -> int:
@@ -261,10 +264,9 @@ class Device:
 
     def close(self) -> None:
         """Wait for all work and destroy the streams."""
-        self.compute.sync()
-        self.copies.sync()
-        self.compute.close()
-        self.copies.close()
+        for stream in (self.sessions, self.compute, self.copies):
+            stream.sync()
+            stream.close()
 
     @contextmanager
     def errors(self, doing: str) -> Generator[None]:

@@ -37,7 +37,7 @@ def found(tmp_path_factory):
 
 def test_the_gpu_is_found_and_opened(found):
     assert (found["gpu"], found["capability"]) == ("Host", [9, 0])
-    assert found["streams"] == 2
+    assert found["streams"] == 3
     assert found["streams_closed"] == 0
 
 

@@ -264,8 +264,8 @@ def test_options_of_the_provider(session, device, tmp_path):
     ((name, options),) = session.made
     assert name == CUDA_PROVIDER
     # What others hand to the compute stream meanwhile must not become part of a capture.
-    assert network._stream.handle != device.compute.handle
-    own = {"device_id": "1", "user_compute_stream": str(network._stream.handle), "enable_cuda_graph": "1"}
+    assert device.sessions.handle != device.compute.handle
+    own = {"device_id": "1", "user_compute_stream": str(device.sessions.handle), "enable_cuda_graph": "1"}
     assert options == {**CUDA_OPTIONS, **own}
     assert all(isinstance(value, str) for value in options.values())
 
@@ -293,7 +293,7 @@ def test_a_provider_that_falls_back_is_refused(session, device, tmp_path, monkey
 
 
 def test_a_run_is_in_the_order_of_the_compute_stream_and_alone(session, device, tmp_path, monkeypatch):
-    network = OnnxCudaNetwork("toy", tmp_path / "toy.onnx", ((), ()), device, OnnxPlacement())
+    one, two = (OnnxCudaNetwork("toy", tmp_path / "toy.onnx", ((), ()), device, OnnxPlacement()) for _ in range(2))
     done, running, go_on = [], threading.Event(), threading.Event()
 
     def run(binding, options):
@@ -301,13 +301,13 @@ def test_a_run_is_in_the_order_of_the_compute_stream_and_alone(session, device, 
         running.set()
         assert go_on.wait(5)
 
-    network._session = SimpleNamespace(run_with_iobinding=run)
-    monkeypatch.setattr(network._stream, "wait", lambda event: done.append((event.stream is device.compute.raw, "on")))
-    monkeypatch.setattr(device.compute, "wait", lambda event: done.append((event.stream is network._stream.raw, "off")))
+    one._session = two._session = SimpleNamespace(run_with_iobinding=run)
+    monkeypatch.setattr(device.sessions, "wait", lambda event: done.append((event.stream is device.compute.raw, "on")))
+    monkeypatch.setattr(device.compute, "wait", lambda event: done.append((event.stream is device.sessions.raw, "off")))
     with ThreadPoolExecutor(2) as threads:
-        runs = [threads.submit(network.run, "one", "1")]
+        runs = [threads.submit(one.run, "one", "1")]
         assert running.wait(5)
-        runs.append(threads.submit(network.run, "two", "1"))  # one that captures would capture this as well
+        runs.append(threads.submit(two.run, "two", "1"))  # one that captures would capture this as well
         assert not runs[1].done()
         assert done == [(True, "on"), "one"]
         go_on.set()
