@@ -66,14 +66,14 @@ def bench(name: str, *arguments: str) -> tuple[str, ...]:
     return (str(HERE / f"bench_{name}.py"), *arguments)
 
 
-def gpu_tests(folder: str) -> tuple[str, ...]:
-    """The tests that need a GPU.
+def gpu_tests(where: str) -> tuple[str, ...]:
+    """The tests of a file or folder that need a GPU.
 
     A file that needs a package which is not there does not keep the others from it, nor does another version of a
     package that warns.
     """
     chosen = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    return (*chosen, "-W", "default::DeprecationWarning", "-W", "default::FutureWarning", folder)
+    return (*chosen, "-W", "default::DeprecationWarning", "-W", "default::FutureWarning", where)
 
 
 def blocks(name: str, counts: Sequence[str], backends: Sequence[str], clips: Sequence[str]) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def blocks(name: str, counts: Sequence[str], backends: Sequence[str], clips: Seq
 PARTS = (
     Part(
         "doctor",
-        30,
+        20,
         ("-m", "ltxrt", "doctor", "--json"),
         ("-m", "ltxrt", "doctor", "--json"),
         needs=("typer", "pydantic"),
@@ -101,12 +101,21 @@ PARTS = (
         environment={"LTXRT_REQUIRE_GPU": "1"},
     ),
     Part(
-        "runtime_tests",
-        60,
-        gpu_tests("tests/runtime"),
+        "device_tests",
+        30,
+        gpu_tests("tests/runtime/test_stream.py"),
         (*gpu_tests("tests/runtime/test_stream.py"), "--collect-only"),
-        needs=("pytest", "hypothesis", "cuda.core", "av", "pydantic", "onnxruntime"),
+        needs=("pytest", "hypothesis", "cuda.core"),
         environment={"LTXRT_REQUIRE_GPU": "1"},
+    ),
+    Part(
+        "engine_tests",
+        45,
+        gpu_tests("tests/runtime/test_engine_onnx_cuda.py"),
+        (*gpu_tests("tests/runtime/test_engine_onnx_cuda.py"), "--collect-only"),
+        needs=("pytest", "cuda.core", "av", "pydantic", "onnxruntime"),
+        environment={"LTXRT_REQUIRE_GPU": "1"},
+        provider=True,
     ),
     Part("kernels", 60, bench("kernels", "--out", "{out}"), bench("kernels", "--dry-run", "--ops", "euler_step")),
     Part(

@@ -263,8 +263,8 @@ def test_parts_of_onnx_runtime_on_a_gpu_are_skipped_without_its_provider(module,
 def test_parts_fit_into_the_visit_in_order_of_value(module):
     visit = module("gpu_visit")
     names = [part.name for part in visit.PARTS]
-    assert names[:4] == ["doctor", "kernel_tests", "runtime_tests", "kernels"]
-    assert sum(part.seconds for part in visit.PARTS[:6]) <= 560
+    assert names[:4] == ["doctor", "kernel_tests", "device_tests", "engine_tests"]
+    assert sum(part.seconds for part in visit.PARTS[:8]) <= 560
 
 
 def test_a_test_file_that_cannot_be_read_does_not_keep_the_others_from_the_gpu(module, tmp_path):

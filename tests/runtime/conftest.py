@@ -9,11 +9,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 MakeAudio = Callable[..., Path]
 MakeWav = Callable[[NDArray[np.generic], int, str], bytes]
@@ -69,6 +67,7 @@ def speechlike() -> Speechlike:
 @pytest.fixture
 def make_audio(tmp_path: Path) -> MakeAudio:
     """Encodes ``[channels, samples]`` float32 with FFmpeg: ``make_audio(samples, rate, "mp3", "libmp3lame")``."""
+    av = pytest.importorskip("av")
 
     def encode(
         samples: NDArray[np.float32], rate: int, container: str, codec: str, *, layout: str = "", video: bool = False
@@ -98,6 +97,7 @@ def make_audio(tmp_path: Path) -> MakeAudio:
 @pytest.fixture
 def silent_video(tmp_path: Path) -> Path:
     """An MP4 of five frames without an audio track."""
+    av = pytest.importorskip("av")
     path = tmp_path / "silent.mp4"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("mpeg4", rate=10)
@@ -225,8 +225,11 @@ def _write_toy_bundle(folder: Path) -> None:
         sigmas_stage_1=np.array(full),
         sigmas_stage_2=np.array(full[5:]),
     )
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "a": 2, "face": 3}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<bos>": 1, "a": 2, "face": 3}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     files = {
         str(path.relative_to(folder)): {
