@@ -34,6 +34,9 @@ CLIPS = ("121x1280x704", "121x768x512")
 EXPORT = ("-c", "from ltxrt_export.cli import main; main()")
 #: The packages as they lie in the checkout, for a machine where ltxrt is not installed.
 SOURCES = os.pathsep.join(str(ROOT / name) for name in ("runtime", "kernels", "export"))
+#: What the runtime imports, and what the diffusers classes need beside it.
+RUNTIME = ("onnxruntime", "av", "pydantic", "soxr", "tokenizers")
+TORCH_SIDE = (*RUNTIME, "torch", "diffusers", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ PARTS = (
         45,
         gpu_tests("tests/runtime/test_engine_onnx_cuda.py"),
         (*gpu_tests("tests/runtime/test_engine_onnx_cuda.py"), "--collect-only"),
-        needs=("pytest", "cuda.core", "av", "pydantic", "onnxruntime"),
+        needs=("pytest", "cuda.core", *RUNTIME),
         environment={"LTXRT_REQUIRE_GPU": "1"},
         provider=True,
     ),
@@ -123,7 +126,7 @@ PARTS = (
         45,
         bench("pipeline", "--sides", "ltxrt", "--out", "{out}"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}"),
-        needs=("onnxruntime", "av"),
+        needs=RUNTIME,
         provider=True,
     ),
     Part(
@@ -131,21 +134,21 @@ PARTS = (
         120,
         bench("pipeline", "--sides", "ltxrt", "torch", "torch-compile", "--out", "{out}/torch_pipeline"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}/torch_pipeline"),
-        needs=("onnxruntime", "av", "torch", "diffusers"),
+        needs=TORCH_SIDE,
     ),
     Part(
         "torch_blocks",
         120,
         blocks("torch_blocks", ("1", "2", "4"), ("torch", "torch-compile"), CLIPS),
         bench("engines", "--blocks", "1", "--backends", "torch", "--dry-run", "--out", "{out}/torch_blocks"),
-        needs=("torch", "diffusers", "onnxruntime", "onnx"),
+        needs=(*TORCH_SIDE, "onnx"),
     ),
     Part(
         "exported_blocks",
         120,
         blocks("exported_blocks", ("1", "2"), ("onnxruntime",), CLIPS),
         bench("engines", "--blocks", "--backends", "--dry-run", "--out", "{out}/exported_blocks"),
-        needs=("torch", "diffusers", "onnxruntime", "onnx", "ml_dtypes"),
+        needs=(*TORCH_SIDE, "onnx", "ml_dtypes"),
         provider=True,
     ),
     Part(
@@ -153,14 +156,14 @@ PARTS = (
         120,
         blocks("whole_depth", ("8", "48"), ("torch",), CLIPS[:1]),
         bench("engines", "--blocks", "2", "--backends", "torch", "--dry-run", "--out", "{out}/whole_depth"),
-        needs=("torch", "diffusers", "onnxruntime", "onnx"),
+        needs=(*TORCH_SIDE, "onnx"),
     ),
     Part(
         "training",
         120,
         (*EXPORT, "train-tiny", "--out", "{out}/trained", "--device", "cuda", "--minutes", "1.5"),
         (*EXPORT, "train-tiny", "--help"),
-        needs=("torch", "diffusers"),
+        needs=TORCH_SIDE,
     ),
     # Of what the parts above left; it can be made again later from the folder.
     Part(
