@@ -6,13 +6,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
@@ -48,6 +49,9 @@ _ROUTERS = (hub_routes, openai_routes, fal_routes, file_routes, operations_route
 _SHELF_SECONDS = 3600.0
 _TIDY_SECONDS = 60.0
 _STORE_RETRY_SECONDS = "5"
+# Most of them wait for some server far away, which must not keep other callers' inputs waiting. The default is a few
+# more than there are cores.
+_THREADS = 64
 _BY_STATUS = {404: "resource_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -77,6 +81,7 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "ltxrt"))
         async with JobLayer(_job_options(settings, ended, factory)).running() as jobs:
             limits = SandboxLimits(audio_seconds=settings.max_audio_seconds)
             sandbox = Sandbox(limits, jobs.incoming_folder.with_name("sandbox"))
@@ -99,9 +104,8 @@ def create_app(
     for router in _ROUTERS:
         app.include_router(router)
     refusals = (ProblemError, MediaError, RequestError, QueueFullError, UnavailableError, StoreUnavailableError)
-    for kind in (*refusals, HTTPException):
+    for kind in (*refusals, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _refused)
-    app.add_exception_handler(Exception, _failed)
     app.openapi = lambda: openapi_document(app)
     if telemetry is not None:
         app.add_middleware(Traced, telemetry=telemetry)
@@ -112,12 +116,6 @@ def create_app(
 
 async def _refused(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, _problem(request, error), request_id(request.scope))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """What nobody foresaw; the HTTP server logs its traceback."""
-    problem = ProblemError("internal_error", "the server's log says more under this request's id")
-    return problem_response(request.url.path, problem, request_id(request.scope))
 
 
 def _problem(request: Request, error: Exception) -> ProblemError:
@@ -135,6 +133,8 @@ def _problem(request: Request, error: Exception) -> ProblemError:
         case UnavailableError():
             wait = {"Retry-After": str(service_of(request).jobs.seconds_until_free())}
             return ProblemError("draining", "try again on another server, or later", headers=wait)
+        case ClientDisconnect():  # nobody reads this, and a traceback would say no more
+            return ProblemError("client_closed", "the caller went away")
         case StoreUnavailableError():
             return ProblemError("store_unavailable", "try again later", headers={"Retry-After": _STORE_RETRY_SECONDS})
         case HTTPException():

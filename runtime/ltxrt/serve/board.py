@@ -24,8 +24,10 @@ class Watch:
 
     async def wait(self, seconds: float = _LOOK_AGAIN_SECONDS) -> None:
         """Return at the next news since the last call, or after some time without any."""
+        # Not ``wait_for``: in Python 3.11 it forgets that it was cancelled where news come at the same time.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
         self._news.clear()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bodies as flat fields and files: JSON as it is, forms with their strings read for what they stand for."""
 
+import asyncio
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ __all__ = ["Body", "json_body", "read_body"]
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _MAX_FILES, _MAX_FIELDS = 4, 64
 _CHUNK_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 20  # a body that the event loop should not wait for
 _TEXTS = frozenset(("prompt", "negative_prompt", "model", "size", "seconds"))
 
 
@@ -44,8 +46,14 @@ async def json_body(request: Request) -> Body:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ProblemError("unsupported_media_type", "send application/json")
+    # Not ``request.body()``, which would keep it as long as the caller waits for a clip.
+    data = b"".join([piece async for piece in request.stream()])
+    return _parsed(data) if len(data) < _LARGE_BYTES else await asyncio.to_thread(_parsed, data)
+
+
+def _parsed(data: bytes) -> Body:
     try:
-        fields = json.loads(await request.body() or b"{}")
+        fields = json.loads(data or b"{}")
     except (ValueError, RecursionError) as error:
         raise ProblemError("bad_request", "the body is not JSON") from error
     if not isinstance(fields, dict):
@@ -70,7 +78,7 @@ async def read_body(request: Request) -> Body:
             body.files[name] = value.file
         else:
             body.fields[name] = value if name in _TEXTS else _meant(value)
-    body.digest = _digest(body.fields, body.files)
+    body.digest = await asyncio.to_thread(_digest, body.fields, body.files)
     return body
 
 

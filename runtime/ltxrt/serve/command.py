@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from ..errors import OutputError, RequestError
 from .app import create_app
+from .connection import paced
 from .logs import set_up_logs
 from .service import Service
 from .settings import Settings
@@ -43,6 +44,7 @@ async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> N
         app,
         # Here instead: uvicorn tells what fails at the start with a traceback.
         lifespan="off",
+        http=paced(settings.max_header_seconds, settings.max_stall_seconds),
         log_config=None,
         access_log=False,
         server_header=False,

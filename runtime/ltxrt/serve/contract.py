@@ -77,6 +77,7 @@ _SUBMIT = (
 )
 _WAIT = (*_SUBMIT, "cancelled", "generation_failed")
 _OPENAI = openai_body(("application/json", "multipart/form-data"))
+_EVERYWHERE = ("unauthenticated", "foreign_page", "store_unavailable")  # but on open routes
 _VIDEO, _GONE = _json("Video"), ("resource_not_found",)
 _QUEUED = "/fal/queue/fal-ai/ltx-2.3-quality/requests/{request_id}"
 _ENDPOINT = "fal-ai/ltx-2.3-quality/audio-to-video"
@@ -178,7 +179,7 @@ def _described(path: str, made: Json, operation: Operation) -> Json:
     kept = {name: made[name] for name in ("tags", "summary", "description", "operationId") if name in made}
     parameters = [*made.get("parameters", []), *operation.parameters]
     responses = {str(status): _answer("Done", content) for status, content in operation.success.items()}
-    refusals = operation.refusals if operation.open else (*operation.refusals, "unauthenticated", "store_unavailable")
+    refusals = operation.refusals if operation.open else (*operation.refusals, *_EVERYWHERE)
     for kind in sorted(refusals, key=lambda kind: PROBLEMS[kind][0]):
         status, title = PROBLEMS[kind]
         refusal = responses.setdefault(str(status), _refusal(path, status))

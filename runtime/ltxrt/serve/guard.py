@@ -85,6 +85,11 @@ class Guard:
             if status:  # it is too late to say so
                 raise
             await problem_response(scope["path"], refused.problem, request_id(scope))(scope, receive, answer)
+        except Exception:
+            if not status:
+                problem = ProblemError("internal_error", "the server's log says more under this request's id")
+                await problem_response(scope["path"], problem, request_id(scope))(scope, receive, answer)
+            raise  # the HTTP server logs its traceback
         finally:
             self._metrics.answered(scope["method"], status)
             details = {
@@ -106,7 +111,8 @@ class Guard:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+                async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                    message = await receive()
             except TimeoutError:
                 raise _BodyRefusedError("body_too_slow", f"it has {self._max_body_seconds:g} s to come") from None
             received += len(message.get("body", b""))

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import math
 import shutil
+import sqlite3
 import statistics
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -256,8 +257,12 @@ class JobLayer:
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(_JANITOR_SECONDS)
-            with suppress(StoreUnavailableError):
+            try:
                 self.remove_expired(time.time())
+            except StoreUnavailableError:
+                continue  # ``Follower`` says so
+            except sqlite3.Error as error:  # a full disk, say, of which it is what makes room
+                _LOG.error("jobs not tidied", extra={"event": "tidy_failed", "reason": str(error)})
 
     def remove_expired(self, now: float) -> list[str]:
         """Remove the files, then the records, of jobs whose time is over."""

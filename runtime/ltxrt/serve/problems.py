@@ -12,6 +12,7 @@ __all__ = ["PROBLEMS", "ProblemError", "problem_response"]
 PROBLEMS: dict[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
     "unauthenticated": (401, "A valid key is required"),
+    "foreign_page": (403, "A page of another site may not call a server without keys"),
     "resource_not_found": (404, "There is no such thing"),
     "method_not_allowed": (405, "The method is not allowed here"),
     "body_too_slow": (408, "The body comes too slowly"),

@@ -144,7 +144,8 @@ class RayPool:
             with suppress(StoreUnavailableError):
                 self._scale(self._store.count("queued", "processing"), time.monotonic())
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _LOOK_SECONDS)
+                async with asyncio.timeout(_LOOK_SECONDS):  # as in ``Watch.wait``
+                    await self._news.wait()
 
     async def _connect(self) -> Callable[[WorkerOptions], Any]:
         """Join the cluster. Returns what starts a replica."""

@@ -41,8 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 async def run(request: Request) -> Response:
     """Make a clip and answer when it is ready."""
     owner = caller(request)
-    order = _order(request, owner, await json_body(request))
-    (job, *_), own = await submit(service_of(request), order)
+    (job, *_), own = await submit(service_of(request), _order(request, owner, await json_body(request)))
     return _output(request, await finished(request, job, own=own))
 
 

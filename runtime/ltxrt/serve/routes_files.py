@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .problems import ProblemError
-from .routes_openai import clip_response
 from .service import caller, service_of
+from .stream import clip_response
 
 __all__ = ["router"]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``/api/ai``: the inference hub's shape, the service's first language."""
 
+import asyncio
 import base64
 import time
 
@@ -40,10 +41,14 @@ async def generate(request: Request) -> Response:
     if "num_generations" in body.fields:
         raise ProblemError("invalid_params", "num_generations: on the queue only", field="num_generations")
     jobs, own = await submit(service_of(request), _order(request, owner, body))
+    del body  # it may be large, and the clip may take long
     if wants_stream(request):
         return await live_response(request, jobs[0], own=own)
     job = await finished(request, jobs[0], own=own)
-    video = {"url": result_url(request, job)} if wanted == "url" else {"b64_json": _clip_text(request, job)}
+    if wanted == "url":
+        video = {"url": result_url(request, job)}
+    else:
+        video = {"b64_json": await asyncio.to_thread(_clip_text, request, job)}
     answer = {
         "model": job.model,
         "created": int(time.time()),

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from .body import Body, read_body
 from .job import Job
@@ -14,11 +14,11 @@ from .problems import ProblemError
 from .routes_hub import check_model
 from .service import caller, service_of
 from .sse import job_events
-from .stream import finished, live_response, wants_stream
+from .stream import clip_response, finished, live_response, wants_stream
 from .submit import Order, idempotency_key, submit
 from .views import openai_video, server_timing
 
-__all__ = ["clip_response", "router"]
+__all__ = ["router"]
 
 router = APIRouter(tags=["OpenAI videos"])
 
@@ -129,24 +129,14 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [service_of(request).model]})
 
 
-def clip_response(request: Request, job: Job, headers: dict[str, str] | None = None) -> Response:
-    """A finished clip, with ETag and ranges.
-
-    Raises:
-        ProblemError: It is not finished, or has expired.
-    """
-    clip = service_of(request).jobs.clip(job)
-    if clip is None:
-        raise ProblemError("not_finished", f"the job is {job.state}")
-    private = {"Cache-Control": "private, max-age=3600"}
-    return FileResponse(clip, headers={**private, **(headers or {})}, media_type="video/mp4")
-
-
 async def _submitted(request: Request) -> tuple[Job, bool]:
     owner = caller(request)
-    body = await read_body(request)
-    check_model(body.fields.pop("model", None))
-    jobs, own = await submit(service_of(request), _order(request, owner, body))
+    try:
+        body = await read_body(request)
+        check_model(body.fields.pop("model", None))
+        jobs, own = await submit(service_of(request), _order(request, owner, body))
+    finally:
+        await request.close()  # a form's files, which are not needed while the clip is made
     return jobs[0], own
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every route works with."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -16,6 +18,8 @@ from .settings import Settings
 from .telemetry import Telemetry
 
 __all__ = ["Service", "base_url", "caller", "service_of"]
+
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class Service:
         model: The model object of the models endpoints.
         telemetry: Makes spans, where they are wanted.
         closing: The server ends; streams are to end too.
+        coming: Jobs by caller whose inputs are still brought.
     """
 
     settings: Settings
@@ -41,6 +46,7 @@ class Service:
     model: dict[str, Any]
     telemetry: Telemetry | None = None
     closing: bool = False
+    coming: Counter[str] = field(default_factory=Counter[str])
 
     def own(self, owner: str, job_id: str) -> Job:
         """A caller's job; one of somebody else's is not there.
@@ -63,12 +69,33 @@ def caller(request: Request) -> str:
     """Who calls.
 
     Raises:
-        ProblemError: Nobody whom we know.
+        ProblemError: Nobody whom we know, or, where no key is asked for, a page of another site in a browser here.
     """
-    owner = service_of(request).keys.owner(request.headers.get("authorization"))
+    service = service_of(request)
+    owner = service.keys.owner(request.headers.get("authorization"))
     if owner is None:
         raise ProblemError("unauthenticated", "give a valid key: Authorization: Bearer KEY")
+    if service.settings.no_auth:
+        _refuse_foreign_page(request, service.settings)
     return owner
+
+
+def _refuse_foreign_page(request: Request, settings: Settings) -> None:
+    """Without keys, that a call comes from this machine is all that lets it in, and so does a browser's.
+
+    A name that leads here (DNS rebinding) shows in Host, a call across origins, which needs no leave to be sent, in
+    Origin.
+    """
+    host = request.headers.get("host", "").lower()
+    public = urlsplit(settings.public_url or "").netloc.lower()
+    origin = request.headers.get("origin")
+    try:
+        named = urlsplit(f"//{host}").hostname or ""
+        foreign = origin is not None and urlsplit(origin).netloc.lower() not in {host, public} - {""}
+    except ValueError:
+        named, foreign = "", True
+    if foreign or (host != public and named not in (*_LOCAL_NAMES, settings.host)):
+        raise ProblemError("foreign_page", "without keys only this machine's own calls are taken; else set public_url")
 
 
 def base_url(request: Request) -> str:

@@ -82,6 +82,10 @@ class Settings(BaseModel):
     drain_seconds: Annotated[Seconds, Field(description="How long SIGTERM waits for running jobs.")] = 300.0
     max_body_bytes: Annotated[Count, Field(description="Largest request body.")] = 180_000_000
     max_body_seconds: Annotated[Seconds, Field(description="Longest that a request body may take to come.")] = 600.0
+    max_header_seconds: Annotated[Seconds, Field(description="Longest that a request's headers may take.")] = 30.0
+    max_stall_seconds: Annotated[Seconds, Field(description="Longest that a caller may take nothing of an answer.")] = (
+        120.0
+    )
     max_audio_bytes: Annotated[Count, Field(description="Largest audio file.")] = 100_000_000
     max_image_bytes: Annotated[Count, Field(description="Largest image file.")] = 32_000_000
     max_audio_seconds: Annotated[Count, Field(description="Longest audio.")] = 600

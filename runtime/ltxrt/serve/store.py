@@ -236,12 +236,14 @@ class JobStore:
             self._db.execute("DELETE FROM jobs WHERE id = ? AND completed_at IS NOT NULL", (job_id,))
             self._db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
 
-    def events(self, after: int, *, job_id: str | None = None, owner: str | None = None) -> list[JobEvent]:
-        """Events with a larger number, oldest first, of one job or of all jobs of an owner."""
+    def events(
+        self, after: int, *, job_id: str | None = None, owner: str | None = None, limit: int = -1
+    ) -> list[JobEvent]:
+        """Events with a larger number, oldest first, of one job or of all jobs of an owner; -1 is no limit."""
         column, value = ("job_id", job_id) if job_id is not None else ("owner", owner)
         rows = self._rows(
-            f"SELECT number, job_id, kind, data FROM events WHERE {column} = ? AND number > ? ORDER BY number",
-            (value, after),
+            f"SELECT number, job_id, kind, data FROM events WHERE {column} = ? AND number > ? ORDER BY number LIMIT ?",
+            (value, after, limit),
         )
         return [JobEvent(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
 

@@ -85,8 +85,10 @@ class Store(Protocol):
         """Remove a finished job and its events; its files are the caller's to remove first."""
         ...
 
-    def events(self, after: int, *, job_id: str | None = None, owner: str | None = None) -> list[JobEvent]:
-        """Events with a larger number, oldest first, of one job or of all jobs of an owner."""
+    def events(
+        self, after: int, *, job_id: str | None = None, owner: str | None = None, limit: int = -1
+    ) -> list[JobEvent]:
+        """Events with a larger number, oldest first, of one job or of all jobs of an owner; -1 is no limit."""
         ...
 
     def last_event(self) -> int:

@@ -232,8 +232,8 @@ function op.forget(id)
   call('DEL', name, key('events', 'job', id))
 end
 
-function op.events(kind, name, after)
-  return call('ZRANGEBYSCORE', key('events', kind, name), '(' .. after, '+inf')
+function op.events(kind, name, after, limit)
+  return call('ZRANGEBYSCORE', key('events', kind, name), '(' .. after, '+inf', 'LIMIT', 0, limit)
 end
 
 function op.last_event() return tonumber(call('GET', key('number')) or 0) end

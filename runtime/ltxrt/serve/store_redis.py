@@ -170,10 +170,12 @@ class RedisStore:
         """See ``Store``."""
         self._call("forget", job_id)
 
-    def events(self, after: int, *, job_id: str | None = None, owner: str | None = None) -> list[JobEvent]:
+    def events(
+        self, after: int, *, job_id: str | None = None, owner: str | None = None, limit: int = -1
+    ) -> list[JobEvent]:
         """See ``Store``."""
         kind, name = ("job", job_id) if job_id is not None else ("owner", owner or "")
-        return [_event(text) for text in self._call("events", kind, name, after)]
+        return [_event(text) for text in self._call("events", kind, name, after, limit)]
 
     def last_event(self) -> int:
         """See ``Store``."""

@@ -2,23 +2,26 @@
 """Answers that wait for a clip: whole, or as the fragments come. Who goes away cancels the clip."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import closing, suppress
 from hashlib import sha256
 from typing import BinaryIO, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .job import Job
-from .jobs import JobLayer
+from .jobs import JobLayer, UnavailableError
 from .problems import ProblemError
 from .service import Service, service_of
 from .views import failure
 
-__all__ = ["finished", "live_response", "wants_stream"]
+__all__ = ["clip_response", "finished", "live_response", "wants_stream"]
 
 T = TypeVar("T")
+_LOG = logging.getLogger("ltxrt.serve")
 _PIECE_BYTES = 1 << 18
 
 
@@ -37,6 +40,7 @@ async def finished(request: Request, job: Job, *, own: bool) -> Job:
 
     Raises:
         ProblemError: There will be no clip.
+        UnavailableError: The server ends first; the job waits for the next start.
     """
     service = service_of(request)
     done = await _unless_gone(request, job if own else None, lambda: service.jobs.wait(job.id))
@@ -47,8 +51,24 @@ async def finished(request: Request, job: Job, *, own: bool) -> Job:
     return done
 
 
-async def live_response(request: Request, job: Job, *, own: bool) -> StreamingResponse:
+def clip_response(request: Request, job: Job, headers: dict[str, str] | None = None) -> Response:
+    """A finished clip, with ETag and ranges.
+
+    Raises:
+        ProblemError: It is not finished, or has expired.
+    """
+    clip = service_of(request).jobs.clip(job)
+    if clip is None:
+        raise ProblemError("not_finished", f"the job is {job.state}")
+    private = {"Cache-Control": "private, max-age=3600"}
+    return FileResponse(clip, headers={**private, **(headers or {})}, media_type="video/mp4")
+
+
+async def live_response(request: Request, job: Job, *, own: bool) -> Response:
     """The clip as a fragmented MP4 while it is made; nothing is answered before its first bytes are there.
+
+    A clip that fails later breaks the answer off before its last chunk. HTTP/1.0 knows no chunks, and whoever speaks it
+    (proxies do, unless told otherwise) would take half a clip for the whole, so there the finished clip is sent.
 
     Args:
         request: As for ``finished``; so the others.
@@ -57,27 +77,45 @@ async def live_response(request: Request, job: Job, *, own: bool) -> StreamingRe
 
     Raises:
         ProblemError: There will be no clip.
+        UnavailableError: As for ``finished``.
     """
+    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request["seed"])}
+    if request.scope["http_version"] == "1.0":
+        return clip_response(request, await finished(request, job, own=own), headers)
     pieces = _pieces(service_of(request), job)
     first = await _unless_gone(request, job if own else None, lambda: anext(pieces))
-    headers = {"X-Job-Id": job.id, "X-Seed": str(job.request["seed"])}
     stream = _cancelling(service_of(request), job if own else None, first, pieces)
-    return StreamingResponse(stream, 200, headers, "video/mp4")
+    return _LiveResponse(stream, 200, {**headers, "X-Accel-Buffering": "no"}, "video/mp4")
+
+
+class _LiveResponse(StreamingResponse):
+    """Ends without its last chunk where the clip does, which the HTTP server makes a broken connection of."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        except (ProblemError, UnavailableError) as error:
+            details = {"event": "stream_broken", "job": self.headers["X-Job-Id"], "reason": str(error)}
+            _LOG.warning("stream broken off", extra=details)
 
 
 async def _unless_gone(request: Request, job: Job | None, wait: Callable[[], Coroutine[None, None, T]]) -> T:
     """What is waited for; where the caller goes away first, the job, if there is one, is cancelled."""
     waiting = asyncio.ensure_future(wait())
     gone = asyncio.create_task(_gone(request))
+    closing = asyncio.create_task(_closing(service_of(request)))
     try:
-        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((waiting, gone, closing), return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return waiting.result()
+        if closing.done():
+            raise UnavailableError
         if job is not None:
             service_of(request).jobs.cancel(job.id)
         raise ProblemError("client_closed", "the caller went away")
     finally:
-        for task in (waiting, gone):
+        for task in (waiting, gone, closing):
             task.cancel()
             with suppress(asyncio.CancelledError, ProblemError, StopAsyncIteration):
                 await task
@@ -86,6 +124,12 @@ async def _unless_gone(request: Request, job: Job | None, wait: Callable[[], Cor
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _closing(service: Service) -> None:
+    with service.jobs.board.watch(None) as watch:
+        while not service.closing:
+            await watch.wait()
 
 
 async def _cancelling(
@@ -97,7 +141,8 @@ async def _cancelling(
             yield piece
     finally:
         await pieces.aclose()
-        if job is not None:
+        # The server's own end is not the caller's: what it was at is made by the next start.
+        if job is not None and not service.closing:
             service.jobs.cancel(job.id)  # does nothing to one that is done
 
 
@@ -118,6 +163,8 @@ async def _pieces(service: Service, job: Job) -> AsyncGenerator[bytes]:
             if now.done and clip.sent:
                 clip.require_attempt(now.attempts)
                 return
+            if service.closing:
+                raise UnavailableError
             await watch.wait()
 
 

@@ -3,7 +3,8 @@
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,16 +73,39 @@ async def submit(service: Service, order: Order) -> tuple[list[Job], bool]:
     if earlier := _earlier(service, order):
         return earlier, False
     service.jobs.check_room(order.generations)
-    unfinished = service.jobs.store.of_owner(order.owner, states=("queued", "processing"))
-    if len(unfinished) + order.generations > service.settings.max_jobs_per_key:
+    with _counted(service, order):
+        checked = Request(**{**order.fields, **dict.fromkeys(order.files, "a file")})
+        room = service.jobs.incoming_folder / uuid.uuid4().hex
+        room.mkdir(mode=0o700)
+        try:
+            await _inputs(service, order, checked, room)
+            return _queued(service, order, checked, room), True
+        except DuplicateKeyError:
+            # The same call came twice at once, and the other was faster.
+            return _earlier(service, order), False
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def _counted(service: Service, order: Order) -> Generator[None]:
+    """Count an order among its caller's jobs while its inputs come, so that calls at once keep the limit too."""
+    owner, coming = order.owner, service.coming
+    unfinished = len(service.jobs.store.of_owner(owner, states=("queued", "processing"))) + coming[owner]
+    if unfinished + order.generations > service.settings.max_jobs_per_key:
         wait = {"Retry-After": str(service.jobs.seconds_until_free())}
         raise ProblemError("too_many_jobs", f"at most {service.settings.max_jobs_per_key}", headers=wait)
-    checked = Request(**{**order.fields, **dict.fromkeys(order.files, "a file")})
-    room = service.jobs.incoming_folder / uuid.uuid4().hex
-    room.mkdir(mode=0o700)
+    coming[owner] += order.generations
     try:
-        await _inputs(service, order, checked, room)
-        jobs: list[Job] = []
+        yield
+    finally:
+        coming[owner] -= order.generations
+
+
+def _queued(service: Service, order: Order, checked: Request, room: Path) -> list[Job]:
+    """Queue an order's jobs: all of them, or none."""
+    jobs: list[Job] = []
+    try:
         for number in range(order.generations):
             name = str(uuid.uuid4())
             # The last one takes the folder, those before it a copy (links where the file system has them).
@@ -90,12 +114,11 @@ async def submit(service: Service, order: Order) -> tuple[list[Job], bool]:
             jobs.append(service.jobs.submit(job, files))
             if service.telemetry is not None:
                 service.telemetry.submitted(job.id)
-    except DuplicateKeyError:
-        # The same call came twice at once, and the other was faster.
-        return _earlier(service, order), False
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-    return jobs, True
+    except BaseException:
+        for job in jobs:
+            service.jobs.discard(job.id)
+        raise
+    return jobs
 
 
 def _earlier(service: Service, order: Order) -> list[Job]:

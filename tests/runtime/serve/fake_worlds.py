@@ -2,7 +2,8 @@
 """Pipelines that worker processes of the tests open: instant, slow, or deadly, as the prompt asks.
 
 A prompt may hold ``steps=N`` (denoise steps of ``pause=SECONDS`` each), ``until=FILE`` (steps until there is one),
-``die`` (the process ends as by a signal), ``raise`` (an error that nobody foresaw) or ``engine`` (an engine's error).
+``halfway=FILE`` (the same after the first fragment), ``die`` (the process ends as by a signal), ``raise`` (an error
+that nobody foresaw) or ``engine`` (an engine's error).
 """
 
 import os
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 from ltxrt.errors import EngineError
-from ltxrt.result import Progress
+from ltxrt.result import Fragment, Progress
 from ltxrt.testing import fake_pipeline
 
 
@@ -31,17 +32,26 @@ class _Scripted:
         for step in range(steps):
             yield Progress("denoise_1", step, steps)
             time.sleep(float(words.get("pause", 0.05)))
-        gate = re.search(r"until=(\S+)", prompt)
-        while gate is not None and not Path(gate[1]).exists():
-            yield Progress("denoise_1", 0, 1)
-            time.sleep(0.05)
+        yield from _waits("until", prompt, "denoise_1")
         if "die" in prompt.split():
             os.kill(os.getpid(), signal.SIGKILL)
         if "raise" in prompt.split():
             raise KeyError("unforeseen")
         if "engine" in prompt.split():
             raise EngineError("denoiser: out of memory")
-        yield from inner
+        begun = False
+        for event in inner:
+            yield event
+            if isinstance(event, Fragment) and not begun:
+                begun = True
+                yield from _waits("halfway", prompt, "decode")
+
+
+def _waits(word, prompt, stage):
+    gate = re.search(rf"{word}=(\S+)", prompt)
+    while gate is not None and not Path(gate[1]).exists():
+        yield Progress(stage, 0, 1)
+        time.sleep(0.05)
 
 
 def scripted(options):

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operator sees: health, readiness, metrics, ids, headers, logs; and the caps around every exchange."""
 
+import asyncio
+import base64
+import io
 import re
 import socket
 import time
-from contextlib import suppress
+import wave
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
+
+from ltxrt.serve.guard import Guard
+from ltxrt.serve.metrics import Metrics
 
 
 def test_open_routes(server):
@@ -166,3 +175,129 @@ def test_unknown_paths_give_problem_details(client):
     assert answer.json()["status"] == 404
     with pytest.raises(KeyError):
         _ = answer.json()["error"]
+
+
+def test_what_nobody_foresaw_is_answered_and_counted_as_such():
+    async def broken(scope, receive, send):
+        raise KeyError("unforeseen")
+
+    sent, counted = [], []
+
+    class Counted(Metrics):
+        def answered(self, method, status):
+            counted.append(status)
+
+    async def send(message):
+        sent.append(message)
+
+    async def exchange():
+        scope = {"type": "http", "method": "GET", "path": "/v1/videos", "headers": [(b"x-request-id", b"abc")]}
+        with pytest.raises(KeyError):  # for the log
+            await Guard(broken, 1000, 10, Counted())(scope, None, send)
+
+    asyncio.run(exchange())
+    headers = dict(sent[0]["headers"])
+    assert (sent[0]["status"], counted) == (500, [500])
+    assert (headers[b"x-request-id"], headers[b"x-content-type-options"]) == (b"abc", b"nosniff")
+    assert b"unforeseen" not in sent[1]["body"]
+
+
+def test_who_goes_away_while_sending_is_no_failure(server, client):
+    head = "POST {} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 100\r\n{}\r\n"
+    form = "Content-Type: multipart/form-data; boundary=b\r\n"
+    before = len(server.lines())
+    for path, kind in (("/v1/uploads", ""), ("/api/ai/queue", ""), ("/v1/videos", form)):
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(head.format(path, kind).encode() + b"--b")
+            time.sleep(0.1)
+    end = time.monotonic() + 10
+    while len(lines := [line for line in server.lines()[before:] if line.get("event") == "http"]) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert [line["status"] for line in lines] == [499] * 3
+    assert "Traceback" not in "".join(map(str, server.lines()[before:]))
+    assert list((server.data / "uploads").glob("*")) == list((server.data / "uploads").glob("*.*"))
+
+
+def test_a_server_without_keys_takes_no_calls_from_foreign_pages(start_server):
+    """A browser on this machine may be shown a page that calls us: by a name that leads here, or across origins."""
+    with (
+        start_server(no_auth=True, api_keys=[], public_url="https://clips.example") as server,
+        server.client() as client,
+    ):
+        own = f"127.0.0.1:{server.url.rpartition(':')[2]}"
+        for host, origin, status in (
+            *((own, None, 200), (own, f"http://{own}", 200), ("localhost:8000", "http://localhost:8000", 200)),
+            *(("[::1]:8000", None, 200), ("clips.example", "https://clips.example", 200)),
+            *((own, "https://clips.example", 200), (own, "https://evil.example", 403), (own, "null", 403)),
+            *((own, "http://localhost:3000", 403), ("evil.example", None, 403), ("evil.example:8000", None, 403)),
+            *(("evil.example", "http://evil.example", 403), ("[", None, 403), ("127.0.0.1.evil.example", None, 403)),
+        ):
+            headers = {"Host": host, **({"Origin": origin} if origin else {})}
+            answer = client.get("/v1/videos", headers=headers)
+            assert answer.status_code == status, headers
+        assert answer.json()["error"]["type"] == "foreign_page"
+        assert client.post("/v1/uploads", content=b"x", headers={"Origin": "https://evil.example"}).status_code == 403
+        assert list((server.data / "uploads").iterdir()) == []
+
+
+def test_a_key_s_limit_holds_for_calls_at_once(start_server, sound):
+    body = {"prompt": "steps=300 pause=0.1", "input_audio": sound, "resolution": "128x128"}
+    with start_server(max_jobs_per_key=2, drain_seconds=0.1) as server, ThreadPoolExecutor(8) as pool:
+        clients = [server.client() for _ in range(8)]
+        answers = list(pool.map(lambda client: client.post("/api/ai/queue", json=body).status_code, clients))
+        assert sorted(answers) == [200] * 2 + [429] * 6
+        assert clients[0].get("/api/ai/queue").json()["count"] == 2
+        for client in clients:
+            client.close()
+
+
+def test_hosts_that_never_answer_keep_nobody_else_waiting(start_server, sound):
+    body = {"prompt": "a face", "input_audio": sound, "resolution": "128x128"}
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, ThreadPoolExecutor(16) as pool:
+        slow = {**body, "input_audio": f"http://127.0.0.1:{silent.getsockname()[1]}/"}
+        settings = {"fetch_http": True, "fetch_networks": ["127.0.0.0/8"], "fetch_seconds": 6}
+        with start_server(**settings) as server, server.client() as client, server.client("other") as other:
+            stuck = [pool.submit(client.post, "/api/ai/queue", json=slow) for _ in range(16)]
+            time.sleep(0.5)
+            started = time.monotonic()
+            assert other.post("/api/ai/queue", json=body).status_code == 200
+            assert time.monotonic() - started < 3
+            assert {one.result().status_code for one in stuck} == {422}
+
+
+def test_what_was_sent_is_not_kept_while_the_clip_is_made(start_server, tmp_path, monkeypatch):
+    """Neither in memory nor, for forms, in temporary files."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "32768")  # so that what is let go is seen to be
+    with closing(io.BytesIO()) as file:
+        with wave.open(file, "wb") as sound:
+            sound.setnchannels(2)
+            sound.setsampwidth(2)
+            sound.setframerate(48_000)
+            sound.writeframes(bytes(30_000_000))
+        data = file.getvalue()
+    fields = {"prompt": f"until={tmp_path / 'go'}", "resolution": "128x128", "num_frames": 9}
+    inline = {"match_audio_length": False, "input_audio": f"data:audio/wav;base64,{base64.b64encode(data).decode()}"}
+    form = {"data": {**fields, "match_audio_length": "false"}, "files": {"input_audio": ("a.wav", data)}}
+
+    def resident(server):
+        return 4096 * int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+
+    def temporary(server):
+        held = [str(link.readlink()) for link in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+        return [name for name in held if name.endswith("(deleted)")]
+
+    with start_server() as server, ThreadPoolExecutor() as pool, server.client() as client, server.client() as other:
+        before, inherited = resident(server), temporary(server)  # pytest's own output, for one
+        paths = ("/api/ai/videos/generate", "/v1/videos/sync", "/fal/run/fal-ai/ltx-2.3-quality/audio-to-video")
+        calls = [pool.submit(client.post, path, json={**fields, **inline}) for path in paths]
+        calls.append(pool.submit(client.post, "/v1/videos/sync", **form))
+        try:
+            end = time.monotonic() + 30
+            while other.get("/api/ai/queue").json()["count"] < len(calls) or temporary(server) != inherited:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert resident(server) - before < 60e6
+        finally:
+            (tmp_path / "go").touch()
+        assert [call.result().status_code for call in calls] == [200] * len(calls)

@@ -59,3 +59,14 @@ def test_position_of_a_waiting_job(server, client, sound):
 def test_refusals(client):
     assert client.get("/v1/videos/unknown/events").status_code == 404
     assert client.get("/api/events", headers={"Last-Event-ID": "x"}).status_code == 400
+
+
+def test_a_long_past_is_read_in_parts(client, sound):
+    """More events than are read at once: none is lost, none comes twice."""
+    name = client.post("/v1/videos", json=fields(sound, prompt="steps=450 pause=0.001")).json()["id"]
+    client.get(f"/v1/videos/{name}/events").read()
+    events = read(client, f"/v1/videos/{name}/events")
+    numbers = [int(event[0]) for event in events if event[0]]
+    assert len(numbers) > 450
+    assert numbers == sorted(set(numbers))
+    assert events[-1][1] == "succeeded"

@@ -2,10 +2,16 @@
 """The clip while it is made: its first bytes come before its end, and whoever goes away cancels it."""
 
 import io
+import os
+import signal
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import av
+import httpx2
 import pytest
 
 from ltxrt.mp4_boxes import top_level_boxes
@@ -58,6 +64,112 @@ def test_who_goes_away_cancels(server, client, sound):
     while client.get("/api/ai/queue").json()["count"]:
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def worker_of(server):
+    return [line["pid"] for line in server.lines() if line.get("event") == "worker_started"][-1]
+
+
+@contextmanager
+def begun(client, body):
+    """A live stream of which the first bytes have come: the answer, those bytes, and an iterator of the rest."""
+    with client.stream("POST", "/v1/videos/stream", json=body) as answer:
+        pieces = answer.iter_raw()
+        yield answer, next(pieces), pieces
+
+
+def wait_for(what, seconds=20):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_mid_clip_breaks_the_stream(start_server, sound, tmp_path):
+    """What came is the start of the clip and no more, and nobody can take it for the whole."""
+    body = fields(sound, prompt=f"halfway={tmp_path / 'go'}", num_frames=97, match_audio_length=False)
+    with start_server() as server, server.client() as client, server.client() as watching:
+        with begun(client, body) as (answer, first, rest):
+            name = answer.headers["x-job-id"]
+            assert answer.headers["transfer-encoding"] == "chunked"
+            assert answer.headers["x-accel-buffering"] == "no"  # a proxy would hold the fragments back
+            os.kill(worker_of(server), signal.SIGKILL)
+            with pytest.raises(httpx2.RemoteProtocolError):
+                first += b"".join(rest)
+        job = watching.get(f"/v1/videos/{name}").json()
+        assert (job["status"], job["error"]["code"]) == ("failed", "worker_died")
+        assert watching.get(f"/v1/videos/{name}/content").status_code == 409
+        wait_for(lambda: list((server.data / "jobs" / name).iterdir()) == [])
+        (tmp_path / "go").touch()
+        whole = watching.post("/v1/videos/stream", json=body).content  # by the next worker
+        assert frames(whole) == 97
+        assert whole.startswith(first)
+        assert len(first) < len(whole)
+        assert "Traceback" not in server.log.read_text()
+        assert [line["job"] for line in server.lines() if line.get("event") == "stream_broken"] == [name]
+
+
+def test_http_1_0_cannot_tell_a_broken_stream_so_it_gets_the_whole_clip(client, server, sound):
+    """Its answers end with their connection: a clip of which half came would look complete."""
+    body = httpx2.Request("POST", "http://x", json=fields(sound)).read()
+    head = f"Host: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as connection:
+        connection.sendall(f"POST /v1/videos/stream HTTP/1.0\r\n{head}".encode() + body)
+        with connection.makefile("rb") as file:
+            lines, _, clip = file.read().partition(b"\r\n\r\n")
+    assert f"content-length: {len(clip)}" in lines.decode().lower()
+    assert frames(clip) == 12
+
+
+def test_another_worker_goes_on_where_a_lost_one_stopped(start_server, sound, tmp_path, redis_url):
+    """The caller sees one stream, each byte once: the bytes of a clip that nothing happened to."""
+    body = fields(sound, prompt=f"halfway={tmp_path / 'go'}", num_frames=97, match_audio_length=False)
+    shared = {"redis": redis_url, "lease_seconds": 1.5}
+    with start_server(**shared) as server, server.client() as client:
+        with begun(client, body) as (answer, first, rest):
+            os.kill(worker_of(server), signal.SIGSTOP)  # neither dead nor alive: its lease runs out
+            with start_server(**shared):
+                (tmp_path / "go").touch()
+                data = first + b"".join(rest)
+        assert client.get(f"/v1/videos/{answer.headers['x-job-id']}").json()["status"] == "completed"
+        with start_server(**shared) as other, other.client() as again:
+            assert again.post("/v1/videos/stream", json=body).content == data
+        os.kill(worker_of(server), signal.SIGCONT)
+    assert frames(data) == 97
+
+
+def test_who_goes_away_mid_stream_cancels(server, client, sound, tmp_path):
+    body = fields(sound, prompt=f"halfway={tmp_path / 'go'}")
+    with server.client() as impatient, begun(impatient, body) as (answer, _, _):
+        name = answer.headers["x-job-id"]
+    wait_for(lambda: client.get(f"/v1/videos/{name}").json()["error"], seconds=5)
+    assert client.get(f"/v1/videos/{name}").json()["error"]["code"] == "cancelled"
+
+
+def test_a_server_that_ends_answers_who_waits_and_keeps_the_jobs(start_server, sound, tmp_path):
+    """503 for whom nothing has come, a broken stream for whom something has; the next start makes both clips."""
+    names = {}
+    with start_server(drain_seconds=0.2) as server, server.client() as client, server.client() as waiting:
+        body = fields(sound, prompt=f"halfway={tmp_path / 'go'}")
+        with begun(client, body) as (answer, _, rest), ThreadPoolExecutor() as pool:
+            names["streamed"] = answer.headers["x-job-id"]
+            queued = pool.submit(waiting.post, "/v1/videos/sync", json=fields(sound), headers={"Idempotency-Key": "k"})
+            with server.client() as looking:
+                wait_for(lambda: looking.get("/api/ai/queue").json()["count"] == 2)
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            refused = queued.result()
+            assert (refused.status_code, refused.json()["error"]["type"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+            with pytest.raises(httpx2.RemoteProtocolError):
+                list(rest)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - started < 8
+    (tmp_path / "go").touch()
+    with start_server() as server, server.client() as client:
+        again = client.post("/v1/videos/sync", json=fields(sound), headers={"Idempotency-Key": "k"})
+        assert again.status_code == 200
+        wait_for(lambda: client.get(f"/v1/videos/{names['streamed']}").json()["status"] == "completed")
 
 
 class Files:

@@ -27,7 +27,8 @@ def traced(tmp_path, scripted, caught):
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(caught))
     settings = Settings(no_auth=True, data=str(tmp_path / "data"), warm_up=(), threads=1)
-    with TestClient(create_app(settings, factory=scripted, telemetry=Telemetry(provider))) as client:
+    app = create_app(settings, factory=scripted, telemetry=Telemetry(provider))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
 
 
