@@ -96,6 +96,8 @@ def _digest(fields: dict[str, Any], files: dict[str, BinaryIO]) -> str:
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode())
     except UnicodeEncodeError as error:  # half of a surrogate pair, which no answer could show again
         raise ProblemError("bad_request", "the body holds text that is not Unicode") from error
+    except RecursionError as error:  # a little less deep than what could not be read
+        raise ProblemError("bad_request", "the body is nested too deeply") from error
     for name in sorted(files):
         digest.update(name.encode())
         while piece := files[name].read(_CHUNK_BYTES):

@@ -87,9 +87,11 @@ class Guard:
             await problem_response(scope["path"], refused.problem, request_id(scope))(scope, receive, answer)
         except Exception:
             if not status:
-                problem = ProblemError("internal_error", "the server's log says more under this request's id")
+                # The HTTP server, told of the error, hangs up.
+                close = {"Connection": "close"}
+                problem = ProblemError("internal_error", "the server's log says more under this id", headers=close)
                 await problem_response(scope["path"], problem, request_id(scope))(scope, receive, answer)
-            raise  # the HTTP server logs its traceback
+            raise  # so that its traceback is logged
         finally:
             self._metrics.answered(scope["method"], status)
             details = {

@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -227,6 +228,26 @@ def test_expired_results_are_removed(layer, speech):
             assert jobs.remove_expired(job.expires_at) == ["a"]
             assert jobs.store.get("a") is None
             assert list(jobs.jobs_folder.iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_the_janitor_survives_a_full_disk(layer, speech, monkeypatch):
+    monkeypatch.setattr("ltxrt.serve.jobs._JANITOR_SECONDS", 0.05)
+
+    async def scenario():
+        async with layer(retention_seconds=0.2).running() as jobs:
+            forget, tries = jobs.store.forget, []
+
+            def full_once(job_id):
+                tries.append(job_id)
+                if len(tries) == 1:
+                    raise sqlite3.OperationalError("database or disk is full")
+                forget(job_id)
+
+            monkeypatch.setattr(jobs.store, "forget", full_once)
+            put(jobs, "a", speech)
+            await until(lambda: len(tries) > 1 and jobs.store.get("a") is None)
 
     asyncio.run(scenario())
 

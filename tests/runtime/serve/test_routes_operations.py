@@ -198,6 +198,7 @@ def test_what_nobody_foresaw_is_answered_and_counted_as_such():
     asyncio.run(exchange())
     headers = dict(sent[0]["headers"])
     assert (sent[0]["status"], counted) == (500, [500])
+    assert headers[b"connection"] == b"close"  # the HTTP server hangs up, and a client must not count on it
     assert (headers[b"x-request-id"], headers[b"x-content-type-options"]) == (b"abc", b"nosniff")
     assert b"unforeseen" not in sent[1]["body"]
 
@@ -301,3 +302,10 @@ def test_what_was_sent_is_not_kept_while_the_clip_is_made(start_server, tmp_path
         finally:
             (tmp_path / "go").touch()
         assert [call.result().status_code for call in calls] == [200] * len(calls)
+
+
+def test_bodies_as_deep_as_can_be_read(client):
+    for depth in range(930, 980):
+        body = '{"prompt": "x", "input_audio": "data:,", "seed": ' + "[" * depth + "]" * depth + "}"
+        answer = client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), (depth, answer.text)
