@@ -68,7 +68,7 @@ def test_answers(case, contracted):
 
 def test_the_stream_of_events(contracted):
     (described,) = (each for path, item in DOCUMENT["paths"].items() for each in item.values() if path == "/api/events")
-    assert described["responses"].keys() == {"200", "400", "401", "503"}
+    assert described["responses"].keys() == {"200", "400", "401", "403", "503"}
     with contracted.client() as client:
         with client.stream("GET", "/api/events", headers={"Last-Event-ID": "3"}) as answer:
             assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
