@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .errors import (
         BundleError,
+        CapacityError,
         EngineError,
         ExportError,
         LtxrtError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Bundle",
     "BundleError",
+    "CapacityError",
     "EngineError",
     "ExportError",
     "Fragment",

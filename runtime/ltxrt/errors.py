@@ -6,6 +6,7 @@
     │   └── MediaError              4   the audio or image behind a field is refused
     ├── BundleError                 5   the bundle is missing, damaged or of another version
     ├── EngineError (RuntimeError)  6   a network cannot be loaded or run on this machine
+    │   └── CapacityError           6   the clip is more than its engines or memory serve
     ├── OutputError (OSError)       7   the result cannot be written
     ├── VerificationError           8   a finished file is not what it should be
     └── ExportError                 9   a checkpoint cannot be turned into a bundle
@@ -18,6 +19,7 @@ from typing import Any
 
 __all__ = [
     "BundleError",
+    "CapacityError",
     "EngineError",
     "ExportError",
     "LtxrtError",
@@ -82,6 +84,10 @@ class EngineError(LtxrtError, RuntimeError):
     """A network cannot be loaded or run, or was fed tensors that it does not take."""
 
     exit_code = 6
+
+
+class CapacityError(EngineError):
+    """A clip is more than this machine's engines or memory serve. Nothing has run; others are served as before."""
 
 
 class OutputError(LtxrtError, OSError):

@@ -30,7 +30,7 @@ from .engine import Array, Capture, Engine, Tensor, TensorSpec, check_feeds
 from .engine_device import Bound, DeviceEngine
 from .engine_onnx_cuda import cuda_engine
 from .engine_tensorrt import PlanFile, load_plans
-from .errors import EngineError
+from .errors import CapacityError, EngineError
 from .graph import IdlePool
 from .manifest import NETWORK_NAMES, EngineEntry, NetworkEntry
 from .stream import Device, open_device
@@ -97,7 +97,7 @@ class GpuStore:
         Only compiled engines say what they take.
 
         Raises:
-            EngineError: With the limits; or with what is needed, what is free, and the largest size that would fit.
+            CapacityError: With the limits; or with what is needed, what is free, and the largest size that would fit.
         """
         if not self._compiled:
             return
@@ -265,7 +265,7 @@ def residency_for(
         working: What loaded engines say that they need.
 
     Raises:
-        EngineError: It does not fit even so; the message has the largest size that would.
+        CapacityError: It does not fit even so; the message has the largest size that would.
     """
 
     def planned(clip: ClipSize, *, release: bool) -> ClipMemory:
@@ -282,7 +282,7 @@ def residency_for(
     smaller = largest_that_fits(size, fits)
     hint = "no size of this length fits" if smaller is None else f"the largest that would fit is {smaller}"
     kind = "measured" if memory.measured else "estimated"
-    raise EngineError(
+    raise CapacityError(
         f"{size} at {of[1]} takes {_gib(memory.needed_bytes)} of GPU memory ({kind}), {_gib(available_bytes)} can be "
         f"had: {hint}"
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .errors import EngineError
+from .errors import CapacityError, EngineError
 from .gpu import Gpu
 from .manifest import EngineEntry, EngineKey, EngineProfile, Manifest
 
@@ -93,7 +93,7 @@ def profile_for(network: str, key: EngineKey, sizes: Mapping[str, int]) -> int:
         sizes: Of every symbol of the inputs.
 
     Raises:
-        EngineError: None does; the message has the limits of the nearest.
+        CapacityError: None does; the message has the limits of the nearest.
     """
     for number, profile in enumerate(key.profiles):
         if not _outside(profile, sizes):
@@ -102,7 +102,7 @@ def profile_for(network: str, key: EngineKey, sizes: Mapping[str, int]) -> int:
     limits = ", ".join(
         f"{symbol} = {sizes[symbol]} (allowed: {low} to {high})" for symbol, low, high in _outside(nearest, sizes)
     )
-    raise EngineError(
+    raise CapacityError(
         f"{network}: no profile of the engine serves {limits} in profile {nearest.name}: take a smaller or shorter "
         "clip, or build engines for it (ltxrt-export build --buckets)"
     )

@@ -15,7 +15,7 @@ from ltxrt import gpu, tensorrt_library
 from ltxrt.backends import Machine, backends, this_machine
 from ltxrt.bundle import Bundle
 from ltxrt.cli_report import engine_line
-from ltxrt.errors import EngineError
+from ltxrt.errors import CapacityError, EngineError
 from ltxrt.gpu import GpuSearch, find_gpus
 from ltxrt.manifest import EngineEntry, EngineKey, EngineProfile
 from ltxrt.tensorrt_plans import check_tensorrt_version, profile_for
@@ -240,7 +240,7 @@ def test_the_first_profile_that_serves(sizes, number):
 
 
 def test_no_profile_serves():
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(CapacityError) as caught:
         profile_for("denoiser", KEY, {"Nv": 901, "Na": 60})
     assert str(caught.value) == (
         "denoiser: no profile of the engine serves Nv = 901 (allowed: 2 to 900) in profile long: take a smaller or "

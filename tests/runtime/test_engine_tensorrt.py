@@ -32,7 +32,7 @@ from ltxrt.engine import concrete_shape, iterate
 from ltxrt.engine_onnx import OnnxEngine
 from ltxrt.engine_store import EngineStore
 from ltxrt.engine_tensorrt import PlanFile, load_plans
-from ltxrt.errors import EngineError
+from ltxrt.errors import CapacityError, EngineError
 from ltxrt.graph import IdlePool
 from ltxrt.manifest import NETWORK_NAMES, EngineEntry, EngineKey, EngineProfile, FileEntry
 from ltxrt.media import bundled_speech
@@ -576,7 +576,9 @@ def test_a_clip_that_does_not_fit_is_refused_before_anything_is_loaded(stored, t
     request = Request(
         prompt="x", input_audio=bundled_speech(), resolution="1920x1088", match_audio_length=False, num_frames=121
     )
-    with pytest.raises(EngineError, match=r"1920x1088, 121 frames at high takes .* the largest that would fit is \d+x"):
+    with pytest.raises(
+        CapacityError, match=r"1920x1088, 121 frames at high takes .* the largest that would fit is \d+x"
+    ):
         pipeline.events(request)
     assert (trt.most_loading, cuda.used) == (0, 0)
 

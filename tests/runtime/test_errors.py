@@ -18,6 +18,7 @@ EXIT_CODES = {
     "MediaError": 4,
     "BundleError": 5,
     "EngineError": 6,
+    "CapacityError": 6,
     "OutputError": 7,
     "VerificationError": 8,
     "ExportError": 9,

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..clip_file import faststart
-from ..errors import BundleError, EngineError, LtxrtError, MediaError, OutputError, RequestError, VerificationError
+from ..errors import (
+    BundleError,
+    CapacityError,
+    EngineError,
+    LtxrtError,
+    MediaError,
+    OutputError,
+    RequestError,
+    VerificationError,
+)
 from ..pipeline import Pipeline
 from ..readback import check_clip, require
 from ..request import Request
@@ -72,7 +81,7 @@ class ClipJob:
         """Make the clip.
 
         Returns:
-            Whether the pipeline is still to be trusted: after an engine's error it is not.
+            Whether the pipeline is still to be trusted: after an engine's error it is not, unless nothing has run.
 
         Raises:
             StoreUnavailableError: The store is gone; the job is its worker's until the lease ends.
@@ -87,7 +96,7 @@ class ClipJob:
         except (LtxrtError, OSError) as error:
             kind, message = public_error(error)
             self._end("failed", {"error_type": kind, "error_message": message})
-            return not isinstance(error, EngineError)
+            return isinstance(error, CapacityError) or not isinstance(error, EngineError)
         except BaseException as error:
             message = f"the worker failed ({type(error).__name__}); its log says more"
             self._end("failed", {"error_type": "internal_error", "error_message": message})

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import math
 import shutil
-import sqlite3
 import statistics
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -259,9 +258,7 @@ class JobLayer:
             await asyncio.sleep(_JANITOR_SECONDS)
             try:
                 self.remove_expired(time.time())
-            except StoreUnavailableError:
-                continue  # ``Follower`` says so
-            except sqlite3.Error as error:  # a full disk, say, of which it is what makes room
+            except StoreUnavailableError as error:  # a full disk, say, of which it is what makes room
                 _LOG.error("jobs not tidied", extra={"event": "tidy_failed", "reason": str(error)})
 
     def remove_expired(self, now: float) -> list[str]:

@@ -133,13 +133,18 @@ class WorkerPool:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             name = f"{self._options.server}/{slot.number}-{token_hex(4)}"
-            await self._start(slot, name)
-            assert slot.process is not None
-            was_ready = await self._follow(slot, slot.process)
-            code = await slot.process.wait()
-            slot.ready = False
-            _LOG.warning("worker ended", extra={"event": "worker_ended", "slot": slot.number, "code": code})
-            await self._bury(name)
+            try:
+                process = await self._start(slot, name)
+            except OSError as error:  # no memory or no process number for one, just now
+                was_ready = False
+                details = {"event": "worker_not_started", "slot": slot.number, "reason": error.strerror}
+                _LOG.error("worker cannot be started", extra=details)
+            else:
+                was_ready = await self._follow(slot, process)
+                code = await process.wait()
+                slot.ready = False
+                _LOG.warning("worker ended", extra={"event": "worker_ended", "slot": slot.number, "code": code})
+                await self._bury(name)
             pause = _FIRST_PAUSE_SECONDS if was_ready else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
@@ -153,7 +158,7 @@ class WorkerPool:
             else:
                 return
 
-    async def _start(self, slot: Slot, name: str) -> None:
+    async def _start(self, slot: Slot, name: str) -> Process:
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         environment.pop(REDIS_VARIABLE, None)
         if slot.device is not None:
@@ -167,6 +172,7 @@ class WorkerPool:
         slot.starts += 1
         details = {"event": "worker_started", "slot": slot.number, "pid": slot.process.pid}
         _LOG.info("worker started", extra=details)
+        return slot.process
 
     async def _follow(self, slot: Slot, process: Process) -> bool:
         """Read what the worker says until it is gone. Returns whether it was ever ready."""

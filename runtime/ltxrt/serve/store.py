@@ -67,7 +67,7 @@ class DuplicateKeyError(Exception):
 
 
 class StoreUnavailableError(Exception):
-    """A store on another machine does not answer."""
+    """The store does not answer: Redis is gone, or SQLite's disk is full or its file locked for too long."""
 
 
 class JobStore:
@@ -326,20 +326,20 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Generator[None]:
-        with self._lock:
+        with self._lock, _available():
             if self._db.in_transaction:  # part of a larger one
                 yield
                 return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:  # it did not end well, and SQLite has not rolled it back by itself
+                    self._db.execute("ROLLBACK")
 
     def _rows(self, query: str, values: tuple[Any, ...]) -> list[sqlite3.Row]:
-        with self._lock:
+        with self._lock, _available():
             return self._db.execute(query, values).fetchall()
 
     def _value(self, query: str, values: tuple[Any, ...]) -> float:
@@ -347,6 +347,15 @@ class JobStore:
 
     def _jobs(self, where: str, values: tuple[Any, ...]) -> Iterator[Job]:
         return map(_job, self._rows(f"SELECT {_FIELDS} FROM jobs {where}", values))
+
+
+@contextmanager
+def _available() -> Generator[None]:
+    """Give what the machine does to a store, not what is wrong with a query, the name that callers know."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StoreUnavailableError(str(error)) from error
 
 
 def _job(row: sqlite3.Row) -> Job:

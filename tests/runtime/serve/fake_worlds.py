@@ -3,7 +3,8 @@
 
 A prompt may hold ``steps=N`` (denoise steps of ``pause=SECONDS`` each), ``until=FILE`` (steps until there is one),
 ``halfway=FILE`` (the same after the first fragment), ``die`` (the process ends as by a signal), ``raise`` (an error
-that nobody foresaw) or ``engine`` (an engine's error).
+that nobody foresaw) ``engine`` (an engine's
+error) or ``vast`` (more than a GPU holds).
 """
 
 import os
@@ -12,7 +13,7 @@ import signal
 import time
 from pathlib import Path
 
-from ltxrt.errors import EngineError
+from ltxrt.errors import CapacityError, EngineError
 from ltxrt.result import Fragment, Progress
 from ltxrt.testing import fake_pipeline
 
@@ -39,6 +40,8 @@ class _Scripted:
             raise KeyError("unforeseen")
         if "engine" in prompt.split():
             raise EngineError("denoiser: out of memory")
+        if "vast" in prompt.split():
+            raise CapacityError("no size of this length fits")
         begun = False
         for event in inner:
             yield event

@@ -2,9 +2,9 @@
 """The job layer with real worker processes: they die, hang, are cancelled and restarted, and every job ends right."""
 
 import asyncio
+import errno
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ from ltxrt.errors import OutputError
 from ltxrt.readback import check_clip
 from ltxrt.serve.job import NewJob
 from ltxrt.serve.jobs import JobLayer, JobOptions, UnavailableError
-from ltxrt.serve.store import QueueFullError
+from ltxrt.serve.store import QueueFullError, StoreUnavailableError
 from ltxrt.serve.worker import WorkerOptions
 
 
@@ -76,19 +76,44 @@ def test_clips_are_made_and_checked_and_inputs_removed(layer, speech):
 def test_the_worst_that_a_job_can_do_ends_that_job_only(layer, speech):
     async def scenario():
         async with layer().running() as jobs:
-            names = {"d": "die", "e": "raise", "f": "engine", "g": "a face"}
+            names = {"c": "vast", "d": "die", "e": "raise", "f": "engine", "g": "a face"}
             for name, prompt in names.items():
                 put(jobs, name, speech, prompt)
-            died, unforeseen, engine, good = await ended(jobs, *names)
+            vast, died, unforeseen, engine, good = await ended(jobs, *names)
+            assert (vast.state, vast.error_message) == ("failed", "no size of this length fits")
             assert (died.state, died.error_type) == ("failed", "worker_died")
             assert (unforeseen.state, unforeseen.error_type) == ("failed", "internal_error")
             assert "KeyError" in unforeseen.error_message
             assert (engine.state, engine.error_type) == ("failed", "engine_error")
             assert good.state == "succeeded"
+            # One each for the three whose worker is not to be trusted any more.
             assert jobs.pool.slots[0].starts == 4
             assert list(jobs.folder("d").iterdir()) == []
 
     asyncio.run(scenario())
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(layer, speech, monkeypatch, caplog):
+    original, tries = asyncio.create_subprocess_exec, []
+
+    async def refused_once(*command, **options):
+        tries.append(command)
+        if len(tries) == 1:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await original(*command, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refused_once)
+
+    async def scenario():
+        async with layer().running() as jobs:
+            put(jobs, "a", speech)
+            (job,) = await ended(jobs, "a")
+            assert job.state == "succeeded"
+            assert jobs.pool.slots[0].starts == 1
+
+    asyncio.run(scenario())
+    (refused,) = [record for record in caplog.records if getattr(record, "event", "") == "worker_not_started"]
+    assert refused.reason == os.strerror(errno.EAGAIN)
 
 
 def test_bad_media_fails_without_naming_our_paths(layer, tmp_path, speech):
@@ -242,7 +267,7 @@ def test_the_janitor_survives_a_full_disk(layer, speech, monkeypatch):
             def full_once(job_id):
                 tries.append(job_id)
                 if len(tries) == 1:
-                    raise sqlite3.OperationalError("database or disk is full")
+                    raise StoreUnavailableError("database or disk is full")
                 forget(job_id)
 
             monkeypatch.setattr(jobs.store, "forget", full_once)

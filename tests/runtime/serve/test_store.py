@@ -7,6 +7,7 @@ lost, as it does in SQLite; ``test_store_redis.py`` has those that last.
 
 import sqlite3
 import threading
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from ltxrt.serve.job import TERMINAL, NewJob
-from ltxrt.serve.store import DuplicateKeyError, JobStore, QueueFullError
+from ltxrt.serve.store import DuplicateKeyError, JobStore, QueueFullError, StoreUnavailableError
 
 
 def new_job(name, **fields):
@@ -203,6 +204,32 @@ def test_everything_survives_a_restart(open_store):
     before = first.add(new_job("a", echo={"prompt": "ü"}), max_queued=1)
     first.close()
     assert open_store().get("a") == before
+
+
+def test_a_full_disk_is_an_unavailable_store_and_leaves_nothing_half_done(tmp_path):
+    store = JobStore(tmp_path / "jobs.sqlite", retention_seconds=100)
+    store.add(new_job("a"), max_queued=10)
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = {"prompt": "x" * 100_000}
+    with pytest.raises(StoreUnavailableError, match="full"):
+        store.add(new_job("b", request=large), max_queued=10)
+    assert [job.id for job in (store.get("a"), store.get("b")) if job] == ["a"]
+    store._db.execute("PRAGMA max_page_count = 100000")
+    assert store.add(new_job("b", request=large), max_queued=10).state == "queued"
+    assert [event.kind for event in store.events(0, job_id="b")] == ["queued"]
+    store.close()
+
+
+def test_a_locked_file_is_an_unavailable_store(tmp_path):
+    store = JobStore(tmp_path / "jobs.sqlite", retention_seconds=100)
+    store._db.execute("PRAGMA busy_timeout = 10")
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailableError, match="locked"):
+            store.add(new_job("a"), max_queued=10)
+    assert store.add(new_job("a"), max_queued=10).state == "queued"
+    store.close()
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):
