@@ -11,7 +11,7 @@ differs. What makes it faster there:
 * That triples what a convolution reads. On the finest grid, where memory peaks, two moments come first, then the third.
 * A pixel shuffle is two transpositions that each move blocks, a quarter of the time of the one of seven axes.
 * Pictures are a convolution with one pixel of the packed ones, since luma and the mean of a chroma block are linear in
-  them; they are bytes before they are shuffled.
+  them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -90,18 +90,18 @@ class FramewiseVideoDecoder(VideoDecoder):
         """Packed pixels [T, 3*patch*patch, h, w] to I420 pictures [T, 3H/2, W] uint8."""
         frames, _, height, width = packed.shape
         patch = self.decoder.patch_size
-        samples = functional.conv2d(packed.clamp(-1, 1), self.colour_matrix[..., None, None], self.colour_offset)
-        levels = samples.round().to(torch.uint8)
+        levels = functional.conv2d(packed.clamp(-1, 1), self.colour_matrix, self.colour_offset)
         luma = shuffled(levels[:, : patch * patch], (1, patch, patch))
         chroma = shuffled(levels[:, patch * patch :], (1, patch // 2, patch // 2))
         rows = chroma.reshape(frames, height * patch // 2, width * patch)
-        return torch.cat([luma.reshape(frames, height * patch, width * patch), rows], dim=1)
+        picture = torch.cat([luma.reshape(frames, height * patch, width * patch), rows], dim=1)
+        return picture.round().to(torch.uint8)
 
 
 class _Window:
     """What every temporal convolution sees: each frame between its neighbours; collects the next caches.
 
-    At the clip's ends the edge frame is repeated, which here is an index that stays within bounds.
+    At the clip's ends the edge frame is repeated, which here is an index that comes twice.
     """
 
     def __init__(self, heads: int, tails: int, states: Iterator[Tensor]) -> None:
@@ -114,9 +114,7 @@ class _Window:
     def behind_cache(self, hidden: Tensor) -> Tensor:
         """The next cache, then ``hidden``: [c + T, channels, height, width]; its end is kept for the next chunk."""
         frames = torch.cat([next(self._states), hidden])
-        count = frames.shape[0]
-        kept = torch.arange(CACHED_FRAMES, device=frames.device) + (count + self.tails - CACHED_FRAMES)
-        self.next_states.append(frames.index_select(0, kept.clamp(0, count - 1)))
+        self.next_states.append(frames.index_select(0, self._padded(frames)[-CACHED_FRAMES:]))
         return frames
 
     def convolved(self, convolution: nn.Conv3d, frames: Tensor) -> Tensor:
@@ -127,13 +125,18 @@ class _Window:
             hidden = hidden + self._part(convolution, frames, range(split, MOMENTS), None)
         return hidden
 
+    def _padded(self, frames: Tensor) -> Tensor:
+        """Their indices, that of an edge frame repeated where the clip begins or ends."""
+        indices = torch.arange(frames.shape[0], device=frames.device)
+        return torch.cat([indices[:1].expand(self.heads), indices, indices[-1:].expand(self.tails)])
+
     def _part(self, convolution: nn.Conv3d, frames: Tensor, moments: range, bias: Tensor | None) -> Tensor:
         """What some of the kernel's moments contribute."""
         count, channels, height, width = frames.shape
         length = count + self.heads + self.tails - (MOMENTS - 1)
-        before = torch.arange(length, device=frames.device)[:, None] - self.heads
-        offsets = torch.arange(moments.start, moments.stop, device=frames.device)
-        seen = frames.index_select(0, (before + offsets).clamp(0, count - 1).flatten())
+        starts = torch.arange(length, device=frames.device)[:, None]
+        windows = starts + torch.arange(moments.start, moments.stop, device=frames.device)
+        seen = frames.index_select(0, self._padded(frames).index_select(0, windows.flatten()))
         weight = convolution.weight[:, :, moments.start : moments.stop].transpose(1, 2).flatten(1, 2)
         return functional.conv2d(seen.reshape(length, len(moments) * channels, height, width), weight, bias, padding=1)
 
@@ -171,7 +174,7 @@ def colour_transform(patch: int) -> tuple[NDArray[np.float32], NDArray[np.float3
     """Packed pixels in [-1, 1] to levels: ``matrix @ pixels + offsets``, see ``ltxrt_kernels.rgb_to_yuv420``.
 
     Returns:
-        [patch*patch*3/2, 3*patch*patch] and [patch*patch*3/2], float32. Columns run over channel, offset in the
+        [patch*patch*3/2, 3*patch*patch, 1, 1] and [patch*patch*3/2], float32. Columns run over channel, offset in the
         width and offset in the height of a patch; rows over luma and then, half as fine, Cb and Cr, each by height
         and width.
     """
@@ -189,4 +192,4 @@ def colour_transform(patch: int) -> tuple[NDArray[np.float32], NDArray[np.float3
     ]
     black = rgb_to_yuv420.LUMA_OFFSET + rgb_to_yuv420.LUMA_SCALE / 2
     offsets = [np.full(patch * patch, black), np.full(2 * half * half, rgb_to_yuv420.CHROMA_OFFSET)]
-    return np.concatenate(rows).astype(np.float32), np.concatenate(offsets).astype(np.float32)
+    return np.concatenate(rows).astype(np.float32)[..., None, None], np.concatenate(offsets).astype(np.float32)
