@@ -92,8 +92,10 @@ def test_kernels_of_convolutions_are_constants_for_the_parser(fake, tools, make_
     assert convolutions
     for node in convolutions:
         for operand in node.input[1:]:
-            data = np.frombuffer(fake.weights[operand], np.float32)
-            assert data.size == np.prod(stored[operand].dims)
+            tensor = stored[operand]
+            external = tensor.data_location == onnx.TensorProto.EXTERNAL
+            data = np.frombuffer(fake.weights[operand] if external else tensor.raw_data, np.float32)
+            assert data.size == np.prod(tensor.dims)
             assert np.isfinite(data).all()
 
 
