@@ -9,6 +9,7 @@ differs. What makes it faster there:
 * The three moments of every frame, and the frames that are repeated at the clip's ends, come by one ``Gather``, which
   copies whole frames on all cores; a slice for each is a copy on one core.
 * That triples what a convolution reads. On the finest grid, where memory peaks, two moments come first, then the third.
+* A norm multiplies rather than takes powers, which costs half of it.
 * A pixel shuffle is two transpositions that each move blocks, a quarter of the time of the one of seven axes.
 * Pictures are a convolution with one pixel of the packed ones, since luma and the mean of a chroma block are linear in
   them.
@@ -22,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     AutoencoderKLLTX2Video,
     LTX2VideoResnetBlock3d,
     LTX2VideoUpsampler3d,
+    PerChannelRMSNorm,
 )
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -81,8 +83,8 @@ class FramewiseVideoDecoder(VideoDecoder):
                 hidden = resnet(stage, hidden, window)
             else:
                 hidden = upsample(stage, hidden, window)
-                window.on_finest_grid = stage is last_upsampler
-        hidden = decoder.conv_act(decoder.norm_out(hidden))
+                window.spares_memory = stage is last_upsampler
+        hidden = decoder.conv_act(normalised(decoder.norm_out, hidden))
         packed = window.convolved(decoder.conv_out.conv, window.behind_cache(hidden))
         return packed, [state.transpose(0, 1)[None] for state in window.next_states]
 
@@ -107,7 +109,7 @@ class _Window:
     def __init__(self, heads: int, tails: int, states: Iterator[Tensor]) -> None:
         self.heads = heads
         self.tails = tails
-        self.on_finest_grid = False
+        self.spares_memory = False
         self.next_states: list[Tensor] = []
         self._states = states
 
@@ -119,7 +121,7 @@ class _Window:
 
     def convolved(self, convolution: nn.Conv3d, frames: Tensor) -> Tensor:
         """What ``behind_cache`` gave, [n, channels, ...], to [n + heads + tails - 2, convolution's channels, ...]."""
-        split = 2 if self.on_finest_grid else MOMENTS
+        split = 2 if self.spares_memory else MOMENTS
         hidden = self._part(convolution, frames, range(split), convolution.bias)
         if split < MOMENTS:
             hidden = hidden + self._part(convolution, frames, range(split, MOMENTS), None)
@@ -144,11 +146,16 @@ class _Window:
 def resnet(block: LTX2VideoResnetBlock3d, hidden: Tensor, window: _Window) -> Tensor:
     """A residual block. Norm and activation are per frame, so the first cache also serves the skip."""
     source = window.behind_cache(hidden)
-    hidden = window.convolved(block.conv1.conv, block.nonlinearity(block.norm1(source)))
-    frames = window.behind_cache(block.nonlinearity(block.norm2(hidden)))
+    hidden = window.convolved(block.conv1.conv, block.nonlinearity(normalised(block.norm1, source)))
+    frames = window.behind_cache(block.nonlinearity(normalised(block.norm2, hidden)))
     hidden = window.convolved(block.conv2.conv, frames)
     # Gathered by index: a slice would tie the lengths of cache, head and tail to each other in the trace.
     return hidden + source.index_select(0, torch.arange(hidden.shape[0], device=hidden.device))
+
+
+def normalised(norm: PerChannelRMSNorm, hidden: Tensor) -> Tensor:
+    """What ``norm`` makes of [T, channels, H, W]."""
+    return hidden / ((hidden * hidden).mean(dim=1, keepdim=True) + norm.eps).sqrt()
 
 
 def upsample(block: LTX2VideoUpsampler3d, hidden: Tensor, window: _Window) -> Tensor:
