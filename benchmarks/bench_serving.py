@@ -5,9 +5,9 @@
 
 - ``throughput``: the same clips of the real tiny bundle, back to back in one process, then through the server, in
   turns. Target: within 5 % of what ``ltxrt generate`` does, which like the server makes each clip a file, reads it back
-  and checks it; how far from ``Pipeline.generate``, which gives a stream that nobody checks, is recorded too. ``/health`` is asked for all through one more round, whose time does
-  not count: who asks takes CPU time from the clips on a small machine, and nobody asks in the other process. Target:
-  p99 below 50 ms.
+  and checks it; how far from ``Pipeline.generate``, which gives a stream that nobody checks, is recorded too.
+  ``/health`` is asked for all through one more round, whose time does not count: who asks takes CPU time from the
+  clips on a small machine, and nobody asks in the other process. Target: p99 below 50 ms.
 - ``load``: Poisson arrivals of every kind of call, on scripted pipelines that take as long as the prompt says.
 - ``soak``: calls of every kind, a worker killed every so many, the server killed once. Target: nothing lost, wrong or
   left, nothing grows.
