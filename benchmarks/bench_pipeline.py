@@ -4,14 +4,17 @@
     python benchmarks/bench_pipeline.py [--sides ltxrt torch ...] [--without NAME ...] [--out DIR] [--dry-run]
 
 Sides: ``ltxrt``, ``torch`` (eager) and ``torch-compile`` (fp32 on the CPU, bf16 on a GPU, best attention). Each runs in
-a process of its own, one after the other, with the same sound, prompt, size, noise, schedule and weights, and encodes
-the same frames with the same settings. One clip is not recorded, then ``--repeats`` are; reported are median and 90th
-percentile, peak memory of the process, time from an empty process to loaded models, and for ltxrt the time to the first
-fragment and the share outside engines and codecs. The prompt cache is off: the text encoder runs every time.
+a process of its own, with the same sound, prompt, size, noise, schedule and weights, and encodes the same frames with
+the same settings. They make their clips in turns, so that a machine that changes its pace changes it for all sides;
+with ``--apart`` one side follows the other, for models of which a machine holds but one. One clip is not recorded, then
+``--repeats`` are; reported are median and 90th percentile, peak memory of the process, time from an empty process to
+loaded models, and for ltxrt the time to the first fragment and the share outside engines and codecs. The prompt cache
+is off: the text encoder runs every time.
 torch.compile compiles in the clip that is not recorded, for a minute or more; on a machine without a C++ compiler its
 side is left out, and the record says so.
 
-Each ``--without`` runs ltxrt once more with one optimisation off; ``--without all`` does so for each. Weights are the
+Each ``--without`` runs ltxrt once more with one optimisation off, in turns with the others; ``--without all`` does so
+for each. Weights are the
 tiny model's unless ``--bundle`` and ``--sources CHECKPOINT TEXT_ENCODER UPSAMPLER`` name others. ``--dry-run`` makes
 one short clip on each side and writes nothing unless ``--out`` says where.
 """
@@ -22,12 +25,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, measured, missing_compiler, record
+from harness import RESULTS, missing_compiler, record
+from turns import end_turn, in_turns, wait_for_turn
 
 SIDES = ("ltxrt", "torch", "torch-compile")
 PACKAGES = ("ltxrt", "numpy", "onnxruntime", "av", "torch", "diffusers", "transformers")
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of either side; 0 leaves it to each")
     parser.add_argument("--out", type=Path, help="folder of the record")
+    parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "WITHOUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,31 +78,38 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
-    """All sides, one after the other, and how they compare; ``keep`` is called after each."""
+    """All sides and how they compare; ``keep`` is called whenever some are done."""
 
-    def side(name: str, without: str = "nothing") -> dict[str, Any]:
-        load = os.getloadavg()[0]
-        child = measured([__file__, *forwarded(options), "--worker", name, without])
-        found = {"load_average_before": round(load, 2), "peak_rss_mb": child.peak_rss_mb, **child.result}
-        print(f"{name:<14} without {without:<18} {found['wall_seconds']}, {child.peak_rss_mb} MB", file=sys.stderr)
-        return found
+    def made(names: Sequence[str], withouts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        load = round(os.getloadavg()[0], 2)
+        pairs = list(zip(names, withouts, strict=True))
+        groups = [[pair] for pair in pairs] if options.apart else [pairs]
+        for group in groups:
+            workers = {" ".join(pair): [__file__, *forwarded(options), "--worker", *pair] for pair in group}
+            for (name, without), child in zip(group, in_turns(workers, options.repeats + 1).values(), strict=True):
+                found = {"load_average_before": load, "peak_rss_mb": child.peak_rss_mb, **child.result}
+                shown = f"{found['wall_seconds']}, {child.peak_rss_mb} MB"
+                print(f"{name:<14} without {without:<18} {shown}", file=sys.stderr)
+                yield found
 
     sides: dict[str, Any] = {}
     results |= {
         "clip": {"frames": options.frames, "resolution": options.resolution, "repeats": options.repeats},
         "threads": options.threads or len(os.sched_getaffinity(0)),
+        "in_turns": not options.apart,
         "sides": sides,
     }
-    for name in options.sides:
-        sides[name] = side(name)
+    for name, found in zip(options.sides, made(options.sides, ["nothing"] * len(options.sides)), strict=True):
+        sides[name] = found
         if "ltxrt" in sides:
             others = {name: other for name, other in sides.items() if name != "ltxrt"}
             results["ltxrt_over"] = {name: compared(sides["ltxrt"], other) for name, other in others.items()}
         keep()
     if "ltxrt" in sides:
+        names = list(ABLATIONS) if "all" in options.without else options.without
         results["ltxrt_without"] = {}
-        for name in ABLATIONS if "all" in options.without else options.without:
-            results["ltxrt_without"][name] = side("ltxrt", name)
+        for name, found in zip(names, made(["ltxrt"] * len(names), names), strict=True):
+            results["ltxrt_without"][name] = found
             keep()
 
 
@@ -121,6 +133,7 @@ def forwarded(options: argparse.Namespace) -> list[str]:
 
 def ltxrt_side(options: argparse.Namespace, side: str, without: str) -> dict[str, Any]:
     """The runtime's own figures, as ``ltxrt bench`` gives them."""
+    wait_for_turn()
     began = process_start()
     if without != "nothing":
         ABLATIONS[without]()
@@ -136,12 +149,15 @@ def ltxrt_side(options: argparse.Namespace, side: str, without: str) -> dict[str
     )
     imported = time.time()
     steps = bench(wanted)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            report = end.value
-            break
+    for number in range(options.repeats + 1):
+        if number:
+            wait_for_turn()
+        next(steps)
+        end_turn()
+    try:
+        next(steps)
+    except StopIteration as end:
+        report = end.value
     found = report.as_json()
     ready = round(imported - began + report.opened_seconds, 3)
     kept = ("engine", "first_run_seconds", "wall_seconds", "first_fragment_seconds", "real_time_factor", "stages")
@@ -153,6 +169,7 @@ def ltxrt_side(options: argparse.Namespace, side: str, without: str) -> dict[str
 
 def torch_side(options: argparse.Namespace, side: str, without: str) -> dict[str, Any]:
     """The classes' figures."""
+    wait_for_turn()
     began = process_start()
     import torch
     from peers.torch_clip import make_clip, opened
@@ -173,7 +190,13 @@ def torch_side(options: argparse.Namespace, side: str, without: str) -> dict[str
         ready = round(time.time() - began, 3)
         if side == "torch-compile":
             pipeline.compile()
-        first, *runs = [make_clip(pipeline, bundle, request) for _ in range(options.repeats + 1)]
+        made: list[Any] = []
+        for number in range(options.repeats + 1):
+            if number:
+                wait_for_turn()
+            made.append(make_clip(pipeline, bundle, request))
+            end_turn()
+        first, *runs = made
     seconds = options.frames / 24
     return {
         "ready_seconds": ready,

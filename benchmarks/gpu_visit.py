@@ -132,7 +132,7 @@ PARTS = (
     Part(
         "torch_pipeline",
         120,
-        bench("pipeline", "--sides", "ltxrt", "torch", "torch-compile", "--out", "{out}/torch_pipeline"),
+        bench("pipeline", "--sides", "ltxrt", "torch", "torch-compile", "--apart", "--out", "{out}/torch_pipeline"),
         bench("pipeline", "--sides", "ltxrt", "--dry-run", "--out", "{out}/torch_pipeline"),
         needs=TORCH_SIDE,
     ),

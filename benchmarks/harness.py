@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,17 @@ class Measured:
     peak_rss_mb: float
     result: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, usage: resource.struct_rusage, wall_seconds: float, result: Mapping[str, Any]) -> "Measured":
+        """From what the system says of a process that has ended."""
+        scale = 1024 if sys.platform == "linux" else 1
+        return cls(
+            wall_seconds=round(wall_seconds, 2),
+            cpu_seconds=round(usage.ru_utime + usage.ru_stime, 2),
+            peak_rss_mb=round(usage.ru_maxrss * scale / 1e6, 1),
+            result=result,
+        )
+
 
 def machine() -> Machine:
     """This machine."""
@@ -109,13 +121,7 @@ def measured(arguments: Sequence[str]) -> Measured:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or not lines:
         raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}")
-    scale = 1024 if sys.platform == "linux" else 1
-    return Measured(
-        wall_seconds=round(wall, 2),
-        cpu_seconds=round(usage.ru_utime + usage.ru_stime, 2),
-        peak_rss_mb=round(usage.ru_maxrss * scale / 1e6, 1),
-        result=json.loads(lines[-1]),
-    )
+    return Measured.of(usage, wall, json.loads(lines[-1]))
 
 
 def missing_compiler() -> str:
