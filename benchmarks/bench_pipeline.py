@@ -14,9 +14,8 @@ torch.compile compiles in the clip that is not recorded, for a minute or more; o
 side is left out, and the record says so.
 
 Each ``--without`` runs ltxrt once more with one optimisation off, in turns with the others; ``--without all`` does so
-for each. Weights are the
-tiny model's unless ``--bundle`` and ``--sources CHECKPOINT TEXT_ENCODER UPSAMPLER`` name others. ``--dry-run`` makes
-one short clip on each side and writes nothing unless ``--out`` says where.
+for each. Weights are the tiny model's unless ``--bundle`` and ``--sources CHECKPOINT TEXT_ENCODER UPSAMPLER`` name
+others. ``--dry-run`` makes one short clip on each side and writes nothing unless ``--out`` says where.
 """
 
 import argparse
