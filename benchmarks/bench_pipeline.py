@@ -7,20 +7,22 @@ Sides: ``ltxrt``, ``torch`` (eager) and ``torch-compile`` (fp32 on the CPU, bf16
 a process of its own, with the same sound, prompt, size, noise, schedule and weights, and encodes the same frames with
 the same settings. They make their clips in turns, so that a machine that changes its pace changes it for all sides;
 with ``--apart`` one side follows the other, for models of which a machine holds but one. One clip is not recorded, then
-``--repeats`` are; reported are median and 90th percentile, peak memory of the process, time from an empty process to
-loaded models, and for ltxrt the time to the first fragment and the share outside engines and codecs. The prompt cache
-is off: the text encoder runs every time.
+``--repeats`` are; reported are median and 90th percentile, our share of the other's time (the median over the turns),
+peak memory of the process, time from an empty process to loaded models, and for ltxrt the time to the first fragment
+and the share outside engines and codecs. The prompt cache is off: the text encoder runs every time.
 torch.compile compiles in the clip that is not recorded, for a minute or more; on a machine without a C++ compiler its
 side is left out, and the record says so.
 
-Each ``--without`` runs ltxrt once more with one optimisation off, in turns with the others; ``--without all`` does so
-for each. Weights are the tiny model's unless ``--bundle`` and ``--sources CHECKPOINT TEXT_ENCODER UPSAMPLER`` name
-others. ``--dry-run`` makes one short clip on each side and writes nothing unless ``--out`` says where.
+Each ``--without`` runs ltxrt with one optimisation off, in turns with the others and with one that has them all;
+``--without all`` does so for each. Weights are the tiny model's unless ``--bundle`` and ``--sources CHECKPOINT
+TEXT_ENCODER UPSAMPLER`` name others. ``--dry-run`` makes one short clip on each side and writes nothing unless
+``--out`` says where.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -105,7 +107,8 @@ def run(options: argparse.Namespace, results: dict[str, Any], keep: Callable[[],
             results["ltxrt_over"] = {name: compared(sides["ltxrt"], other) for name, other in others.items()}
         keep()
     if "ltxrt" in sides:
-        names = list(ABLATIONS) if "all" in options.without else options.without
+        chosen = list(ABLATIONS) if "all" in options.without else options.without
+        names = ["nothing", *chosen] if chosen else []
         results["ltxrt_without"] = {}
         for name, found in zip(names, made(["ltxrt"] * len(names), names), strict=True):
             results["ltxrt_without"][name] = found
@@ -113,9 +116,10 @@ def run(options: argparse.Namespace, results: dict[str, Any], keep: Callable[[],
 
 
 def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
-    """Our share of their time and memory."""
+    """Our share of their time, of one turn each, of their memory and of their time to ready."""
+    shares = [mine / other for mine, other in zip(ours["runs_seconds"], theirs["runs_seconds"], strict=True)]
     return {
-        "time": round(ours["wall_seconds"]["p50"] / theirs["wall_seconds"]["p50"], 3),
+        "time": round(statistics.median(shares), 3),
         "peak_memory": round(ours["peak_rss_mb"] / theirs["peak_rss_mb"], 3),
         "ready": round(ours["ready_seconds"] / theirs["ready_seconds"], 3),
     }
@@ -161,6 +165,7 @@ def ltxrt_side(options: argparse.Namespace, side: str, without: str) -> dict[str
     ready = round(imported - began + report.opened_seconds, 3)
     kept = ("engine", "first_run_seconds", "wall_seconds", "first_fragment_seconds", "real_time_factor", "stages")
     return {"ready_seconds": ready, **{name: found[name] for name in kept}} | {
+        "runs_seconds": [round(run.wall_seconds, 4) for run in report.runs],
         "backends": found["backends"],
         "outside_backends_share": found["outside_backends_share"],
     }
@@ -202,6 +207,7 @@ def torch_side(options: argparse.Namespace, side: str, without: str) -> dict[str
         "engine": f"torch {device} {dtype}",
         "threads": torch.get_num_threads(),
         "first_run_seconds": round(first.wall_seconds, 4),
+        "runs_seconds": [round(run.wall_seconds, 4) for run in runs],
         "wall_seconds": asdict(Spread.of([run.wall_seconds for run in runs])),
         "real_time_factor": asdict(Spread.of([run.wall_seconds / seconds for run in runs])),
         "stages": {name: asdict(Spread.of([run.stages[name] for run in runs])) for name in first.stages},

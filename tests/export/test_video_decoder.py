@@ -102,7 +102,7 @@ def test_framewise_is_the_same_decoder(vae: AutoencoderKLLTX2Video, network: Vid
     """Frames and caches, in fp64 so that nothing but an error can differ."""
     framewise = FramewiseVideoDecoder(vae).eval()
     latent = latents(sum(chunks), 1, 2).double()
-    vae.double()
+    framewise.double()  # and with it the decoder that both share
     try:
         expected, found = (recorded(module.rgb, network.layout, latent, chunks) for module in (network, framewise))
     finally:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The streaming video decoder, written down for ONNX Runtime on CPUs: a batch of frames instead of a volume.
 
-Same weights, ports and caches as ``video_decoder.VideoDecoder``; sums are added up in another order, nothing else
-differs. What makes it faster there:
+Same weights, ports and caches as ``video_decoder.VideoDecoder``, and the same function: only what is rounded differs
+(a mean of 1e-5 levels in the pictures of the tiny model). What makes it faster there:
 
-* A convolution over three moments is one of pictures with three times the channels. ONNX Runtime's kernel for
-  pictures reaches twice the speed of the one for volumes, which unrolls its input and has matrices of few rows.
-* The three moments of every frame, and the frames that are repeated at the clip's ends, come by one ``Gather``, which
-  copies whole frames on all cores; a slice for each is a copy on one core.
-* That triples what a convolution reads. On the finest grid, where memory peaks, two moments come first, then the third.
+* Convolutions are of pictures. ONNX Runtime's kernel for those reaches twice the speed of the one for volumes, which
+  unrolls its input and has matrices of few rows.
+* In time they are minimal filters: four frames take the products of six kernels, not of twelve. That is F(4, 3) of
+  Winograd, Arithmetic Complexity of Computations, 1980; for networks, Lavin and Gray, arXiv:1509.09308.
+* The six frames that four are made of, those that are repeated at the clip's ends among them, come by one ``Gather``,
+  which copies whole frames on all cores; a slice for each is a copy on one core.
 * A norm multiplies rather than takes powers, which costs half of it.
 * A pixel shuffle is two transpositions that each move blocks, a quarter of the time of the one of seven axes.
 * Pictures are a convolution with one pixel of the packed ones, since luma and the mean of a chroma block are linear in
@@ -35,8 +36,27 @@ from .video_decoder import CACHED_FRAMES, VideoDecoder, stages
 
 __all__ = ["FramewiseVideoDecoder"]
 
-#: Frames that a temporal convolution sees at once.
+#: Frames that a temporal convolution sees for one frame.
 MOMENTS = 3
+#: Frames that are made together, and how many they are made of.
+MADE, SEEN = 4, 6
+#: F(4, 3): what six kernels see of the frames, the kernels of three moments, and the frames that their products make.
+#: Lavin and Gray's matrices of the points 0, 1, -1, 2, -2 and infinity; that of the kernels times 24.
+FILTER_INPUTS = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+    np.float32,
+)
+FILTER_KERNELS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32)
+FILTER_OUTPUTS = np.array(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32
+)
 
 
 class FramewiseVideoDecoder(VideoDecoder):
@@ -44,17 +64,25 @@ class FramewiseVideoDecoder(VideoDecoder):
 
     def __init__(self, vae: AutoencoderKLLTX2Video) -> None:
         super().__init__(vae)
-        matrix, offset = colour_transform(self.decoder.patch_size)
         self.colour_matrix: Tensor
         self.colour_offset: Tensor
-        self.register_buffer("colour_matrix", torch.from_numpy(matrix), persistent=False)
-        self.register_buffer("colour_offset", torch.from_numpy(offset), persistent=False)
+        self.filter_inputs: Tensor
+        self.filter_kernels: Tensor
+        self.filter_outputs: Tensor
+        for name, value in self.constants.items():
+            self.register_buffer(name, torch.from_numpy(value), persistent=False)
 
     @property
     def constants(self) -> dict[str, NDArray[np.float32]]:
         """See ``VideoDecoder.constants``."""
         matrix, offset = colour_transform(self.decoder.patch_size)
-        return {"colour_matrix": matrix, "colour_offset": offset}
+        return {
+            "colour_matrix": matrix,
+            "colour_offset": offset,
+            "filter_inputs": FILTER_INPUTS,
+            "filter_kernels": FILTER_KERNELS,
+            "filter_outputs": FILTER_OUTPUTS,
+        }
 
     def forward(self, latent: Tensor, first: Tensor, last: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """See ``VideoDecoder.forward``."""
@@ -72,18 +100,20 @@ class FramewiseVideoDecoder(VideoDecoder):
         self, latent: Tensor, first: Tensor, last: Tensor, states: Iterable[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """As ``decode``, but packed pixels are [T, 3*4*4, H/4, W/4]; so is everything inside."""
-        window = _Window(first.shape[0], last.shape[0], (state[0].transpose(0, 1) for state in states))
+        window = _Window(
+            (first.shape[0], last.shape[0]),
+            (self.filter_inputs, self.filter_kernels, self.filter_outputs),
+            (state[0].transpose(0, 1) for state in states),
+        )
         decoder, statistics = self.decoder, (1, -1, 1, 1)
         hidden = latent[0].transpose(0, 1)
         hidden = hidden * self.latents_std.view(statistics) + self.latents_mean.view(statistics)
         hidden = window.convolved(decoder.conv_in.conv, window.behind_cache(hidden))
-        last_upsampler = [stage for stage in stages(decoder) if isinstance(stage, LTX2VideoUpsampler3d)][-1]
         for stage in stages(decoder):
             if isinstance(stage, LTX2VideoResnetBlock3d):
                 hidden = resnet(stage, hidden, window)
             else:
                 hidden = upsample(stage, hidden, window)
-                window.spares_memory = stage is last_upsampler
         hidden = decoder.conv_act(normalised(decoder.norm_out, hidden))
         packed = window.convolved(decoder.conv_out.conv, window.behind_cache(hidden))
         return packed, [state.transpose(0, 1)[None] for state in window.next_states]
@@ -106,11 +136,12 @@ class _Window:
     At the clip's ends the edge frame is repeated, which here is an index that comes twice.
     """
 
-    def __init__(self, heads: int, tails: int, states: Iterator[Tensor]) -> None:
-        self.heads = heads
-        self.tails = tails
-        self.spares_memory = False
+    def __init__(
+        self, ends: tuple[int, int], minimal_filter: tuple[Tensor, Tensor, Tensor], states: Iterator[Tensor]
+    ) -> None:
+        self.heads, self.tails = ends
         self.next_states: list[Tensor] = []
+        self._inputs, self._kernels, self._outputs = minimal_filter
         self._states = states
 
     def behind_cache(self, hidden: Tensor) -> Tensor:
@@ -121,26 +152,32 @@ class _Window:
 
     def convolved(self, convolution: nn.Conv3d, frames: Tensor) -> Tensor:
         """What ``behind_cache`` gave, [n, channels, ...], to [n + heads + tails - 2, convolution's channels, ...]."""
-        split = 2 if self.spares_memory else MOMENTS
-        hidden = self._part(convolution, frames, range(split), convolution.bias)
-        if split < MOMENTS:
-            hidden = hidden + self._part(convolution, frames, range(split, MOMENTS), None)
-        return hidden
+        _, channels, height, width = frames.shape
+        padded = self._padded(frames)
+        indices = torch.arange(padded.shape[0] - (MOMENTS - 1), device=frames.device)
+        # The last window may reach behind the end: what it makes there is dropped.
+        padded = torch.cat([padded, padded[-1:].expand(MADE - 1)])
+        windows = indices[::MADE, None] + torch.arange(SEEN, device=frames.device)
+        seen = frames.index_select(0, padded.index_select(0, windows.flatten()))
+        mixed = self._inputs @ seen.reshape(-1, SEEN, channels * height * width)
+        weight, bias = self._six_kernels(convolution)
+        mixed = mixed.reshape(-1, SEEN * channels, height, width)
+        products = functional.conv2d(mixed, weight, bias, padding=1, groups=SEEN)
+        made = self._outputs @ products.reshape(-1, SEEN, convolution.out_channels * height * width)
+        return made.reshape(-1, convolution.out_channels, height, width).index_select(0, indices)
 
     def _padded(self, frames: Tensor) -> Tensor:
         """Their indices, that of an edge frame repeated where the clip begins or ends."""
         indices = torch.arange(frames.shape[0], device=frames.device)
         return torch.cat([indices[:1].expand(self.heads), indices, indices[-1:].expand(self.tails)])
 
-    def _part(self, convolution: nn.Conv3d, frames: Tensor, moments: range, bias: Tensor | None) -> Tensor:
-        """What some of the kernel's moments contribute."""
-        count, channels, height, width = frames.shape
-        length = count + self.heads + self.tails - (MOMENTS - 1)
-        starts = torch.arange(length, device=frames.device)[:, None]
-        windows = starts + torch.arange(moments.start, moments.stop, device=frames.device)
-        seen = frames.index_select(0, self._padded(frames).index_select(0, windows.flatten()))
-        weight = convolution.weight[:, :, moments.start : moments.stop].transpose(1, 2).flatten(1, 2)
-        return functional.conv2d(seen.reshape(length, len(moments) * channels, height, width), weight, bias, padding=1)
+    def _six_kernels(self, convolution: nn.Conv3d) -> tuple[Tensor, Tensor]:
+        """Kernels [6 * channels out, channels in, rows, columns] and biases; the second counts once in every frame."""
+        moments = convolution.weight.movedim(2, 0)
+        weight = (self._kernels @ moments.flatten(1) / 24).reshape(-1, *moments.shape[2:])
+        assert convolution.bias is not None  # a decoder's convolutions have one
+        none = torch.zeros_like(convolution.bias)
+        return weight, torch.cat([none, convolution.bias, none.repeat(SEEN - 2)])
 
 
 def resnet(block: LTX2VideoResnetBlock3d, hidden: Tensor, window: _Window) -> Tensor:
