@@ -217,6 +217,25 @@ def test_rows_are_gathered_before_they_are_cast(tmp_path: Path) -> None:
     assert types(made)["rows"] == BF16
 
 
+@pytest.mark.parametrize("half", [FP16, BF16])
+def test_a_weight_joined_with_a_constant_takes_its_type(tmp_path: Path, half: int) -> None:
+    model = graph(
+        [node("Concat", ["zeros", "b"], "biases", axis=0), node("Add", ["x", "biases"], "y")],
+        {"x": ["n", 12]},
+        {"y": ["n", 12]},
+        {"zeros": np.zeros(4, np.float32)},
+    )
+    torch.manual_seed(5)
+    joined = to_half(stored(model, tmp_path, {"b": torch.randn(8).bfloat16()}), "toy", half)
+    kinds = types(joined)
+    assert (kinds["b"], kinds["biases"]) == (BF16, FP32)
+    (tmp_path / "graph.onnx").write_bytes(joined.SerializeToString())
+    onnx.checker.check_model(tmp_path / "graph.onnx", full_check=True)
+    if half == FP16:  # ONNX Runtime adds no BF16 on a CPU
+        x = np.random.default_rng(6).standard_normal((3, 12)).astype(np.float32)
+        np.testing.assert_allclose(run(joined, {"x": x}, tmp_path), run(model, {"x": x}, tmp_path), atol=4e-3)
+
+
 def test_an_input_that_lends_its_shape_alone_is_not_cast() -> None:
     nodes = [node("Shape", ["state"], "size"), node("Expand", ["x", "size"], "y")]
     model = to_half(graph(nodes, {"state": ["n"], "x": [1]}, {"y": ["n"]}), "toy", FP16)

@@ -125,15 +125,17 @@ class _Retyping:
     def layout_type(self, node: NodeProto) -> int | None:
         """The type that a data movement runs in: that of its widest activation; None keeps what is stored.
 
-        Weights are turned, and rows gathered from them, before they are cast.
+        Weights are turned, and rows gathered from them, before they are cast; only those of two types, joined, take
+        the wider one.
         """
         inputs = [name for name in node.input if self.types.get(name) in FLOATS]
         if not inputs:
             return None
         activations = [name for name in inputs if name not in self.constants and name not in self.stored]
         present = {self.half if name in self.entering else self.types[name] for name in activations}
-        if present:
-            return next(kind for kind in _WIDEST_FIRST if kind in present)
+        stored = {self.types[name] for name in inputs}
+        if present or len(stored) > 1:
+            return next(kind for kind in _WIDEST_FIRST if kind in (present or stored))
         # ONNX Runtime repeats no BF16.
         return self.half if node.op_type in ("Expand", "Tile") and inputs[0] in self.stored else None
 
