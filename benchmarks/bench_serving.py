@@ -13,9 +13,9 @@
 - ``soak``: calls of every kind, a worker killed every so many, the server killed once. Target: nothing lost, wrong or
   left, nothing grows.
 
-Figures come on stdout, JSON last; ``serving.json`` goes into the results, unless ``--out`` says where. The exit code is
-1 where a target is missed. The machine's load before and after is part of the record: on a busy one the figures of
-throughput and latency say little.
+Figures come on stdout, JSON last; ``serving-PARTS.json`` goes into the results, unless ``--out`` says where. The exit
+code is 1 where a target is missed. The machine's load before and after is part of the record, and what other machines
+on the same host took: on a busy one the figures of throughput and latency say little.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> int:
     results["load_average_after"] = os.getloadavg()
     passed = all(results[part]["passed"] for part in options.parts)
     path = record("serving", PACKAGES, results, options.out)
-    path = path.replace(options.out / "serving.json")
+    path = path.replace(options.out / f"serving-{'-'.join(options.parts)}.json")
     print(path, file=sys.stderr)
     print(json.dumps({"passed": passed, **results}))
     return 0 if passed else 1

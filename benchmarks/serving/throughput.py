@@ -75,7 +75,7 @@ def loss(turns: Mapping[str, Sequence[Mapping[str, float]]], alone: str, figure:
 
 
 def take_turns(side: str, clips: int, rounds: int, threads: int, served: tuple[str, int]) -> dict[str, Any]:
-    """In a process of its own: seconds and CPU seconds of every turn.
+    """In a process of its own: seconds of every turn, of the CPU in it, and what other machines took of this one's.
 
     Args:
         side: One of ``SIDES``.
@@ -95,12 +95,13 @@ def take_turns(side: str, clips: int, rounds: int, threads: int, served: tuple[s
     turns: list[dict[str, float]] = []
     for _ in range(rounds):
         wait_for_turn()
-        started, used = time.perf_counter(), cpu_seconds(process_id)
+        started, used, stolen = time.perf_counter(), cpu_seconds(process_id), stolen_seconds()
         names = make(clips)
         seconds, cpu = time.perf_counter() - started, cpu_seconds(process_id) - used
         if side == "served":
             check(url, names)
-        turns.append({"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 2)})
+        taken = {"seconds": seconds, "cpu_seconds": cpu, "stolen_seconds": stolen_seconds() - stolen}
+        turns.append({name: round(value, 3) for name, value in taken.items()})
         end_turn()
     return {"turns": turns}
 
@@ -165,6 +166,11 @@ def cpu_seconds(process_id: int) -> float:
     """What a process has used of the CPU so far; its own, without what it waited for one."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stolen_seconds() -> float:
+    """What the host has given to other machines although this one had work, of all cores together."""
+    return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def between_clips(store: Path, clips: int) -> float:

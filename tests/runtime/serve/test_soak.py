@@ -24,6 +24,6 @@ def test_nothing_is_lost_wrong_or_left(tmp_path):
     assert sum(found["calls"].values()) == 36
     assert set(found["jobs"]) <= {"succeeded", "cancelled", "failed"}
     assert found["jobs"]["succeeded"] > 12
-    assert json.loads((tmp_path / "out" / "serving.json").read_text())["benchmark"] == "serving"
+    assert json.loads((tmp_path / "out" / "serving-soak.json").read_text())["benchmark"] == "serving"
     # ONNX Runtime may keep a file of its own there.
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".ses"}
