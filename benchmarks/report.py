@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS
+from serving.report import serving
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/report.py -->\n", "<!-- end of what benchmarks/report.py made -->\n"
@@ -67,7 +68,14 @@ def tables(folder: Path) -> str:
     for record in records:
         by_name.setdefault(record.get("benchmark", ""), []).append(record)
     lines: list[str] = []
-    sections = {"pipeline": pipeline, "startup": startup, "engines": engines, "kernels": kernels, "estimate": estimate}
+    sections = {
+        "pipeline": pipeline,
+        "startup": startup,
+        "serving": serving,
+        "engines": engines,
+        "kernels": kernels,
+        "estimate": estimate,
+    }
     for name, make in sections.items():
         for record in by_name.get(name, []):
             lines += [*make(record["results"]), "", origin(record), ""]
@@ -93,6 +101,7 @@ def origin(record: Mapping[str, Any]) -> str:
 def load_of(results: Mapping[str, Any]) -> float | None:
     """The load average that was noted, the highest where there are several."""
     found = [side["load_average_before"] for side in results.get("sides", {}).values()]
+    found += results.get("load_average_before", [])[:1]
     return results.get("load_average", max(found, default=None))
 
 

@@ -86,6 +86,32 @@ def test_pipeline_table(module, tmp_path):
     assert "On a GPU: not run yet" in made
 
 
+def test_serving_tables(module, tmp_path):
+    turns = {
+        side: [{"seconds": 2 * seconds, "cpu_seconds": 2.0} for seconds in runs]
+        for side, runs in {"stream": (1, 3, 2), "files": (2, 4, 3), "served": (3, 5, 4)}.items()
+    }
+    assert module("serving.throughput").loss(turns, "files", "seconds") == pytest.approx(1 / 3, abs=1e-4)
+    spread = {"p50": 10.0, "p99": 30.0, "max": 40.0}
+    rate = {"rate": 0.5, "calls": 7, "latency_ms": {"sync": spread}, "first_fragment_ms": None, "health_ms": spread}
+    killed = {"killed_workers": 2, "processes_left": 0, "lost": ["a"], "wrong": [], "calls": {"sync": 1200, "bad": 34}}
+    left = {"folders_without_a_job": ["b"], "incoming_left": [], "temporary_left": ["c"]}
+    memory = {"early": {"server_rss_mb": 100.4}, "idle_at_the_end": {"server_rss_mb": 101.0}}
+    results = {
+        "load_average_before": [0.5, 0.0, 0.0],
+        "throughput": {"turns": turns, "clips_a_turn": 2, "clip": {"num_frames": 9}, "loss": 0.25, "health_ms": spread},
+        "load": {"slots": 2, "rates": [{**rate, "problems": []}]},
+        "soak": {**killed, **left, "server": memory},
+    }
+    made = module("report").tables(written(tmp_path, a=record("serving", results)))
+    assert "3 turns of 2 each; +25.0% of time" in made
+    assert "| `ltxrt serve`, a checked file | 4.00 | 3.00 | 5.00 | 1.00 |" in made
+    assert "| 0.5 | 7 | 10, 40 |  |  | 10, 40 | 0 |" in made
+    assert "1,234 calls" in made
+    assert "1 jobs lost, 0 in a wrong state, 2 files and 0 processes left" in made
+    assert "load average before 0.50" in made
+
+
 def test_a_gpu_s_results_take_the_place_of_the_note(module, tmp_path):
     row = {"median": 1e-5, "gb_per_second": 2400.0, "share_of_copy": 0.8}
     results = {"copy": {"gb_per_second": 3000.0}, "kernels": {"euler_step [1]": row}}
@@ -198,6 +224,22 @@ def test_startup():
     ready = results["generate"]["ready"]["p50"]
     assert 0 < ready < results["generate"]["ended"]["p50"]
     assert results["worker"]["ready"]["p50"] > results["phases"]["import"]["p50"]
+
+
+@pytest.mark.slow
+def test_throughput_beside_one_process(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_serving.py"), "--parts", "throughput", "--clips", "1"]
+    ran = subprocess.run(
+        [*command, "--rounds", "1", "--out", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])["throughput"]
+    assert ran.returncode == (not found["passed"])  # one turn of one clip proves no target
+    (files,), (served,) = found["turns"]["files"], found["turns"]["served"]
+    assert found["loss"] == pytest.approx(served["seconds"] / files["seconds"] - 1, abs=1e-3)
+    assert served["cpu_seconds"] > 0.1
+    assert found["health_ms"]["count"] > 1
+    kept = json.loads((tmp_path / "serving-throughput.json").read_text())
+    assert kept["results"]["throughput"] == found
 
 
 def test_slope_is_between_the_smallest_and_the_largest_count(module):
