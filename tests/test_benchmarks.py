@@ -105,6 +105,7 @@ def test_serving_tables(module, tmp_path):
     }
     made = module("report").tables(written(tmp_path, a=record("serving", results)))
     assert "3 turns of 2 each; +25.0% of time" in made
+    assert "the median over turns that gave +25.0% to +50.0%:" in made
     assert "| `ltxrt serve`, a checked file | 4.00 | 3.00 | 5.00 | 1.00 |" in made
     assert "| 0.5 | 7 | 10, 40 |  |  | 10, 40 | 0 |" in made
     assert "1,234 calls" in made
